@@ -1,0 +1,152 @@
+"""The plug-in contract: a Backend makes Models, a Model makes Instances, an Instance runs batches.
+
+The same three objects live in a thread of the server, in a process of their own or in a device's process;
+a backend can't tell and need not care. Found by the entry point group `enginehouse.backends`. See
+docs/write-a-backend.md. One instance runs one batch at a time; several instances run side by side.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from enginehouse.config.schema import ModelConfig
+from enginehouse.types import GenerateRequest, InferRequest, Tensor, TokenEvent
+
+
+class HostKind(StrEnum):
+    """Where instances live: this process, a process of the model's own, the process of a device."""
+
+    THREAD = "thread"
+    PROCESS = "process"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One instance's place. `device` is "cpu", "cuda:0", …; `name` is `<group>_<index>_<device>`."""
+
+    name: str
+    device: str = "cpu"
+    group: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeeds:
+    """Bytes that a version needs on each device before it may load; the ledger adds and refuses."""
+
+    weights_bytes: int = 0
+    workspace_bytes_per_instance: int = 0
+    kv_bytes: int = 0
+
+
+class Services(Protocol):
+    """What the server does for a model, from any thread. Absent inside tests: a model may not rely on it."""
+
+    def infer(self, request: InferRequest) -> None: ...
+    def load_model(self, name: str, config: str | None, files: Mapping[str, bytes]) -> None: ...
+    def unload_model(self, name: str, unload_dependents: bool) -> None: ...
+    def is_model_ready(self, name: str, version: str) -> bool: ...
+    def log(self, level: str, message: str, file: str, line: int) -> None: ...
+    def metric(self, operation: str, family: str, labels: Mapping[str, str], value: Any) -> Any: ...
+    def progress(self, done: int, total: int, what: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadContext:
+    """What there is to load: one version of one model, with its completed config."""
+
+    config: ModelConfig
+    version: int
+    model_directory: Path
+    """Local: remote repositories are brought here before. Holds config and version folders."""
+    services: Services | None = None
+    backend_options: Mapping[str, str] = field(default_factory=dict)
+    """From --backend-config=<backend>,key=value and the global ones."""
+
+    @property
+    def name(self) -> str:
+        return str(self.config.name)
+
+    @property
+    def version_directory(self) -> Path:
+        return self.model_directory / str(self.version)
+
+    def parameter(self, key: str, default: str = "") -> str:
+        """The string value of the config's `parameters[key]`."""
+        return str(self.config.parameters[key].string_value) if key in self.config.parameters else default
+
+
+class Instance(ABC):
+    """Where batches run. Subclass one of the three below."""
+
+    def close(self) -> None:
+        """Gives everything back. Nothing is running and nothing will be asked any more."""
+
+
+class TensorInstance(Instance):
+    """Runs whole batches: the host joins requests along the batch axis before and splits after."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> Mapping[str, Tensor]:
+        """The named outputs (all if `outputs` is empty). May block; must not keep views of `inputs`."""
+
+
+class RequestInstance(Instance):
+    """Runs lists of requests and answers each through `request.sink`, now or later, from any thread."""
+
+    @abstractmethod
+    def execute(self, requests: Sequence[InferRequest]) -> None:
+        """Returning frees the instance for its next batch; answers that are still owed may follow.
+
+        Raising fails every request that has not had its final answer.
+        """
+
+
+class GenerativeInstance(Instance):
+    """Generates tokens for many sequences at once; it batches by itself and is never "busy"."""
+
+    @abstractmethod
+    def submit(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None:
+        """Accepts or raises. `emit` may be called from any thread; the last event has a finish reason."""
+
+    @abstractmethod
+    def cancel(self, request_id: str) -> None:
+        """Frees what the sequence holds before the next step. Unknown ids are ignored."""
+
+
+class Model(ABC):
+    """One loaded version: weights and whatever its instances share."""
+
+    @abstractmethod
+    def create_instance(self, placement: Placement) -> Instance: ...
+
+    def close(self) -> None:
+        """After the last instance has closed."""
+
+
+class Backend(ABC):
+    """Stateless; made once a process. `options` of the config arrive with each LoadContext."""
+
+    name: ClassVar[str]
+    default_filename: ClassVar[str] = ""
+    """The artifact inside a version folder when the config names none."""
+
+    def host_kind(self, config: ModelConfig) -> HostKind:
+        return HostKind.THREAD
+
+    def complete_config(self, context: LoadContext) -> ModelConfig:
+        """The config with what the artifact says filled in. Runs in the model's host, before `load`."""
+        return context.config
+
+    def memory_needs(self, context: LoadContext) -> MemoryNeeds:
+        """Read from the files alone, without loading them."""
+        return MemoryNeeds()
+
+    @abstractmethod
+    def load(self, context: LoadContext) -> Model:
+        """Raises an EnginehouseError whose text names the file and what is wrong with it."""

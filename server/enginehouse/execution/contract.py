@@ -1,0 +1,138 @@
+"""What the execution layer offers to those above: hosted models, their instances, and batches to run.
+
+Everything here is called on the server's event loop and calls back on it, whatever thread or process the
+instance lives in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from enginehouse.backend import LoadContext, Placement
+from enginehouse.config.schema import ModelConfig
+from enginehouse.errors import EnginehouseError
+from enginehouse.types import GenerateRequest, InferRequest, InferResponse, TokenEvent
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutionTimes:
+    """CLOCK_MONOTONIC nanoseconds of one batch: start ≤ input_end ≤ output_start ≤ end."""
+
+    start_ns: int
+    input_end_ns: int
+    output_start_ns: int
+    end_ns: int
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Requests that one instance runs together. Made by a scheduler, owned by execution until `on_done`.
+
+    `on_response` is called in the model's order. Execution guarantees one final response for each request:
+    if the instance fails or dies it makes the missing ones, with `reason` BACKEND. `on_done` is called once,
+    when the instance is free again; for decoupled models that may be before the last response. Requests are
+    what the model sees: control, state and padding tensors are already among their `inputs`.
+    """
+
+    requests: Sequence[InferRequest]
+    on_response: Callable[[InferRequest, InferResponse], None]
+    on_done: Callable[[Batch, ExecutionTimes, EnginehouseError | None], None]
+    instance: InstanceHandle | None = None
+    context: Any = None
+    """The scheduler's own."""
+
+
+class InstanceHandle(Protocol):
+    """One instance, wherever it lives. Runs one batch at a time (`num_slots` for those that stage)."""
+
+    name: str
+    device: str
+    group: int
+    num_slots: int
+
+    @property
+    def available(self) -> bool:
+        """False while its host is down or restarting: schedulers then hold or refuse requests."""
+        ...
+
+    def execute(self, batch: Batch) -> None: ...
+
+    def cancel(self, request: InferRequest) -> None:
+        """Tells a running model that nobody wants the answer (`is_cancelled`); the final still comes."""
+        ...
+
+
+class GenerativeHandle(Protocol):
+    """An LLM's engine, wherever it lives."""
+
+    def submit(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+
+
+class HostState(StrEnum):
+    READY = "ready"
+    RESTARTING = "restarting"
+    FAILED = "failed"
+    """Gave up after too many crashes: UNAVAILABLE until loaded again."""
+
+
+@dataclass(slots=True)
+class HostHealth:
+    state: HostState
+    reason: str = ""
+    num_restarts: int = 0
+
+
+class HostedModel(Protocol):
+    """One loaded version. `config` is complete: autofilled and with instance groups made explicit."""
+
+    config: ModelConfig
+    instances: Sequence[InstanceHandle]
+    generative: GenerativeHandle | None
+    health: HostHealth
+
+    async def set_instances(self, placements: Sequence[Placement]) -> None:
+        """Changes the instances in place; ones that go finish their batch first."""
+        ...
+
+    async def close(self) -> None:
+        """After the last answer. Gives back every byte; the ledger's entries are gone when it returns."""
+        ...
+
+
+class Hosts(Protocol):
+    """Loads models into hosts. One per server."""
+
+    async def complete_config(self, context: LoadContext) -> ModelConfig:
+        """The backend's `complete_config`, run where the model will live."""
+        ...
+
+    async def load(self, context: LoadContext, on_health: Callable[[HostHealth], None]) -> HostedModel:
+        """Raises an EnginehouseError with the backend's reason; then nothing is left behind."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEntry:
+    """A line of the ledger. `kind` is weights, workspace or kv; `measured` tells a reading from a claim."""
+
+    model: str
+    version: int
+    device: str
+    kind: str
+    num_bytes: int
+    measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBudget:
+    device: str
+    total_bytes: int
+    limit_bytes: int
+    entries: Sequence[MemoryEntry] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
