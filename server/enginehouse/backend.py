@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from enginehouse.config.schema import ModelConfig
-from enginehouse.types import GenerateRequest, InferRequest, Tensor, TokenEvent
+from enginehouse.types import GenerateRequest, InferRequest, MetricFamily, Tensor, TokenEvent
 
 
 class HostKind(StrEnum):
@@ -111,12 +111,22 @@ class GenerativeInstance(Instance):
     """Generates tokens for many sequences at once; it batches by itself and is never "busy"."""
 
     @abstractmethod
-    def submit(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None:
-        """Accepts or raises. `emit` may be called from any thread; the last event has a finish reason."""
+    def start(self, emit: Callable[[Sequence[TokenEvent]], None]) -> None:
+        """Called once, before the first `submit`. `emit` gets the events of all sequences of one step in one
+        call, from any thread, and never blocks; the last event of a sequence has a finish reason or an error.
+        """
+
+    @abstractmethod
+    def submit(self, request: GenerateRequest) -> None:
+        """Accepts at once, or raises and emits nothing for it. What is found later comes as an event."""
 
     @abstractmethod
     def cancel(self, request_id: str) -> None:
-        """Frees what the sequence holds before the next step. Unknown ids are ignored."""
+        """Frees what the sequence holds before the next step; ABORT follows. Unknown ids are ignored."""
+
+    def metrics(self) -> Sequence[MetricFamily]:
+        """A reading of the engine's own metrics, for each scrape. Any thread."""
+        return ()
 
 
 class Model(ABC):
@@ -138,6 +148,10 @@ class Backend(ABC):
 
     def host_kind(self, config: ModelConfig) -> HostKind:
         return HostKind.THREAD
+
+    def host_group(self, config: ModelConfig) -> str:
+        """Models of kind PROCESS that name the same group share one process; "" is one of its own."""
+        return ""
 
     def complete_config(self, context: LoadContext) -> ModelConfig:
         """The config with what the artifact says filled in. Runs in the model's host, before `load`."""

@@ -299,14 +299,48 @@ class SamplingParameters:
     detokenize: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation that the engine renders with the model's chat template and then tokenizes.
+
+    Messages are OpenAI's, as parsed JSON; "content" may be text, None or a list of parts.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str = ""
+    """"" is the model's own."""
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+class GenerateTask(Enum):
+    """What is wanted. The last two answer with one event and never reach the scheduler."""
+
+    GENERATE = "generate"
+    TOKENIZE = "tokenize"
+    """`prompt_token_ids`, `prompt_text` (after the chat template) and `num_prompt_tokens`."""
+    DETOKENIZE = "detokenize"
+    """`text` of a prompt of token ids."""
+
+
 @dataclass(slots=True, eq=False)
 class GenerateRequest:
     """One sequence to generate (n > 1 is n of these that share a prompt)."""
 
     model_name: str
     id: str
-    prompt: str | Sequence[int]
+    prompt: str | Sequence[int] | ChatPrompt
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
+    task: GenerateTask = GenerateTask.GENERATE
+    stream: bool = True
+    """False asks for one event at the end instead of one a step."""
+    return_prompt: bool = False
+    """Fill `prompt_token_ids` and `prompt_text` of the first event."""
+    truncate_prompt_tokens: int | None = None
+    """Keep only so many tokens of the prompt's end; -1 keeps what the context allows."""
     add_special_tokens: bool = True
     priority: int = 0
     deadline_ns: int = 0
@@ -328,11 +362,17 @@ class TokenLogprob:
     token: str
     logprob: float
     rank: int = 0
+    """1 is the likeliest."""
+    raw: bytes = b""
+    """The token's bytes, which may be a part of a character."""
 
 
 @dataclass(slots=True)
 class TokenEvent:
-    """What one or more steps added to one sequence. The last one carries `finish_reason` or `error`."""
+    """What one or more steps added to one sequence. The last one carries `finish_reason` or `error`.
+
+    Counts are of the whole sequence so far; `queue_s` and `prefill_s` are set from the first token on.
+    """
 
     request_id: str
     text: str = ""
@@ -346,6 +386,20 @@ class TokenEvent:
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     prompt_token_ids: Sequence[int] | None = None
+    prompt_text: str | None = None
     prompt_logprobs: Sequence[Sequence[TokenLogprob] | None] | None = None
     queue_s: float = 0.0
     prefill_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MetricFamily:
+    """One family of the Prometheus exposition. `kind` is counter, gauge or histogram.
+
+    A sample is (suffix, labels, value); suffixes are "", "_total", "_bucket", "_sum", "_count".
+    """
+
+    name: str
+    kind: str
+    help: str
+    samples: Sequence[tuple[str, Mapping[str, str], float]]

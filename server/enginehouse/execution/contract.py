@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from enginehouse.backend import LoadContext, Placement
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError
-from enginehouse.types import GenerateRequest, InferRequest, InferResponse, TokenEvent
+from enginehouse.types import GenerateRequest, InferRequest, InferResponse, MetricFamily, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,9 @@ class GenerativeHandle(Protocol):
 
     def submit(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None: ...
     def cancel(self, request_id: str) -> None: ...
+    async def metrics(self) -> Sequence[MetricFamily]:
+        """The engine's own metrics as they are now; nothing if its host is down."""
+        ...
 
 
 class HostState(StrEnum):
