@@ -28,11 +28,13 @@ class HostKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One instance's place. `device` is "cpu", "cuda:0", …; `name` is `<group>_<index>_<device>`."""
+    """One instance's place. `device` is "cpu", "cuda:0", … or "model", where the backend chooses itself;
+    `name` is `<group>_<index>`. Passive instances are made and never given a batch."""
 
     name: str
     device: str = "cpu"
     group: int = 0
+    passive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +49,25 @@ class MemoryNeeds:
 class Services(Protocol):
     """What the server does for a model, from any thread. Absent inside tests: a model may not rely on it."""
 
-    def infer(self, request: InferRequest) -> None: ...
+    def infer(self, request: InferRequest, decoupled: bool = False) -> None:
+        """Answers, errors included, go to `request.sink` on a thread of the host's. One answer and no more
+        unless `decoupled`."""
+        ...
+
     def load_model(self, name: str, config: str | None, files: Mapping[str, bytes]) -> None: ...
     def unload_model(self, name: str, unload_dependents: bool) -> None: ...
     def is_model_ready(self, name: str, version: str) -> bool: ...
     def log(self, level: str, message: str, file: str, line: int) -> None: ...
     def metric(self, operation: str, family: str, labels: Mapping[str, str], value: Any) -> Any: ...
     def progress(self, done: int, total: int, what: str) -> None: ...
+
+    def wait_until(self, done: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Blocks this thread until `done()`, which answers make true; the value of `done()` at the end."""
+        ...
+
+    def poll(self) -> None:
+        """Takes in cancellations and answers that have arrived, where no other thread does so."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,11 +48,17 @@ class Batch:
 class InstanceHandle(Protocol):
     """One instance, wherever it lives. Runs one batch at a time (`num_slots` for those that stage)."""
 
-    name: str
-    device: str
-    group: int
-    num_slots: int
+    @property
+    def name(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def group(self) -> int:
+        """Index into the config's instance groups."""
+        ...
 
+    @property
+    def num_slots(self) -> int: ...
     @property
     def available(self) -> bool:
         """False while its host is down or restarting: schedulers then hold or refuse requests."""
@@ -75,6 +81,23 @@ class GenerativeHandle(Protocol):
         ...
 
 
+class ServerServices(Protocol):
+    """What the server does for its models (BLS, logs, metrics); called on the loop. Core implements it."""
+
+    def submit(self, request: InferRequest) -> None:
+        """As core's: raises, or `request.sink` gets answers, one of them final."""
+        ...
+
+    async def load_model(self, name: str, config: str | None, files: Mapping[str, bytes]) -> None: ...
+    async def unload_model(self, name: str, unload_dependents: bool) -> None: ...
+    def is_model_ready(self, name: str, version: str) -> bool: ...
+    def is_decoupled(self, name: str, version: str) -> bool: ...
+    def log(self, level: str, message: str, file: str, line: int) -> None: ...
+    def metric(
+        self, model: str, version: int, operation: str, family: str, labels: Mapping[str, str], value: Any
+    ) -> Any: ...
+
+
 class HostState(StrEnum):
     READY = "ready"
     RESTARTING = "restarting"
@@ -92,10 +115,21 @@ class HostHealth:
 class HostedModel(Protocol):
     """One loaded version. `config` is complete: autofilled and with instance groups made explicit."""
 
-    config: ModelConfig
-    instances: Sequence[InstanceHandle]
-    generative: GenerativeHandle | None
-    health: HostHealth
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def instances(self) -> Sequence[InstanceHandle]:
+        """Without passive ones."""
+        ...
+
+    @property
+    def generative(self) -> GenerativeHandle | None: ...
+    @property
+    def health(self) -> HostHealth: ...
+
+    async def is_ready(self) -> bool:
+        """The host is up and the model's own `is_ready`, where it has one, says so."""
+        ...
 
     async def set_instances(self, placements: Sequence[Placement]) -> None:
         """Changes the instances in place; ones that go finish their batch first."""

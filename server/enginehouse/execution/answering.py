@@ -1,0 +1,70 @@
+"""Keeps the promise of `contract.Batch`: one final response for each request and one `on_done`, whatever the
+instance does. On the loop; no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from enginehouse.errors import EnginehouseError, FailureReason, error_of
+from enginehouse.execution.contract import Batch, ExecutionTimes
+from enginehouse.types import InferRequest, InferResponse, Tensor
+
+
+class RunningBatch:
+    """A batch from `execute` until its last final response."""
+
+    __slots__ = ("batch", "finals_owed", "instance_busy", "model_name", "model_version", "num_owed", "views")
+
+    def __init__(self, batch: Batch, model_name: str, model_version: str) -> None:
+        self.batch = batch
+        self.model_name = model_name
+        self.model_version = model_version
+        self.finals_owed = [True] * len(batch.requests)
+        self.num_owed = len(batch.requests)
+        self.instance_busy = True
+        self.views: list[InferRequest] = []
+        """In a thread host: the requests as the instance got them."""
+
+    @property
+    def finished(self) -> bool:
+        return self.num_owed == 0 and not self.instance_busy
+
+    def respond(self, index: int, response: InferResponse) -> None:
+        """Passes an answer on. What a model sends after its final one is dropped: the client has gone."""
+        if not self.finals_owed[index]:
+            return
+        if response.final:
+            self.finals_owed[index] = False
+            self.num_owed -= 1
+        self.batch.on_response(self.batch.requests[index], response)
+
+    def release(self, times: ExecutionTimes, error: EnginehouseError | None) -> None:
+        """The instance is free. With an error every request without a final answer gets it."""
+        if error is not None:
+            self.fail_owed(error)
+        if self.instance_busy:
+            self.instance_busy = False
+            self.batch.on_done(self.batch, times, error)
+
+    def fail_owed(self, error: EnginehouseError) -> None:
+        for index, owed in enumerate(self.finals_owed):
+            if owed:
+                failure = error_of(error.code, error.message, error.reason or FailureReason.BACKEND)
+                self.respond(index, self.response(index, error=failure))
+
+    def response(
+        self,
+        index: int,
+        outputs: Sequence[Tensor] = (),
+        error: EnginehouseError | None = None,
+        final: bool = True,
+    ) -> InferResponse:
+        request = self.batch.requests[index]
+        return InferResponse(outputs, error, final, {}, self.model_name, self.model_version, request.id)
+
+    def index_of(self, request: InferRequest) -> int | None:
+        """Where the request is in the batch, if it still waits for its final answer."""
+        for index, candidate in enumerate(self.batch.requests):
+            if candidate is request:
+                return index if self.finals_owed[index] else None
+        return None

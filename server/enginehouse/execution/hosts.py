@@ -1,0 +1,156 @@
+"""Loads models into the hosts where they live: threads of this process, or processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from enginehouse.backend import Backend, HostKind, LoadContext, MemoryNeeds, Placement
+from enginehouse.config.schema import ModelConfig, ModelServing
+from enginehouse.execution.backends import BACKEND_MODEL_OPTION, BackendSource, find_backend
+from enginehouse.execution.contract import HostedModel, HostHealth, MemoryEntry, ServerServices
+from enginehouse.execution.devices import CpuRuntime, DeviceRuntime
+from enginehouse.execution.ledger import Ledger
+from enginehouse.execution.mailbox import Mailbox
+from enginehouse.execution.placement import Machine, placements, with_explicit_groups
+from enginehouse.execution.running import as_error
+from enginehouse.execution.services import LoopServices
+from enginehouse.execution.thread_host import ThreadHostedModel, load_in_threads
+
+
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """What the server's options say about execution."""
+
+    backend_directories: Sequence[Path] = ()
+    cpu_for_missing_gpu: bool = False
+    """Run KIND_GPU groups on the CPU where there is no GPU, instead of refusing the model."""
+    memory_limits: Mapping[str, int] = field(default_factory=dict)
+    """Bytes by device ("cpu", "cuda:0", …) that models may use; without one, all of it."""
+
+
+class ModelHosts:
+    """contract.Hosts. `services` may be set until the first load: core and hosts need each other."""
+
+    def __init__(
+        self,
+        services: ServerServices | None = None,
+        options: HostOptions | None = None,
+        runtimes: Sequence[DeviceRuntime] = (),
+    ) -> None:
+        self.services = services
+        self.options = options or HostOptions()
+        self.runtimes = runtimes or (CpuRuntime(),)
+        devices = [device for runtime in self.runtimes for device in runtime.devices()]
+        self.machine = Machine(
+            [device.name for device in devices if device.name != "cpu"], self.options.cpu_for_missing_gpu
+        )
+        self.ledger = Ledger(
+            {device.name: device.total_bytes for device in devices}, self.options.memory_limits
+        )
+        self._backends: dict[str, Backend] = {}
+        self._mailbox: Mailbox | None = None
+        self._loaded: list[HostedModel] = []
+
+    async def complete_config(self, context: LoadContext) -> ModelConfig:
+        source = find_backend(context.config.backend, self.options.backend_directories)
+        context = self._with_backend_options(context, source)
+        backend = self._backend(source)
+        loop = asyncio.get_running_loop()
+        try:
+            completed = await loop.run_in_executor(None, backend.complete_config, context)
+        except Exception as problem:
+            raise as_error(problem) from problem
+        return with_explicit_groups(completed, self.machine)
+
+    async def load(self, context: LoadContext, on_health: Callable[[HostHealth], None]) -> HostedModel:
+        source = find_backend(context.config.backend, self.options.backend_directories)
+        backend = self._backend(source)
+        config = with_explicit_groups(context.config, self.machine)
+        context = self._with_backend_options(replace(context, config=config), source)
+        wanted = placements(config, self.machine)
+        self.ledger.book(self._needs(backend, context, wanted))
+        try:
+            hosted = await self._load_into_host(backend, context, wanted)
+        except BaseException:
+            self.ledger.release(context.name, context.version)
+            raise
+        return hosted
+
+    async def close(self) -> None:
+        for hosted in list(self._loaded):
+            await hosted.close()
+
+    async def _load_into_host(
+        self, backend: Backend, context: LoadContext, wanted: Sequence[Placement]
+    ) -> HostedModel:
+        context = replace(context, services=self._services_for(context))
+        hosted = await load_in_threads(backend, context, wanted, self._results())
+        hosted.on_closed = lambda: self._forget(hosted)
+        self._loaded.append(hosted)
+        return hosted
+
+    def _forget(self, hosted: ThreadHostedModel) -> None:
+        self._loaded.remove(hosted)
+        self.ledger.release(hosted.name, int(hosted.version))
+
+    def _needs(
+        self, backend: Backend, context: LoadContext, wanted: Sequence[Placement]
+    ) -> list[MemoryEntry]:
+        needs = declared_memory(context.config) or backend.memory_needs(context)
+        entries: list[MemoryEntry] = []
+        by_device: dict[str, int] = {}
+        for placement in wanted:
+            by_device[placement.device] = by_device.get(placement.device, 0) + 1
+        for device, count in by_device.items():
+            for kind, num_bytes in (
+                ("weights", needs.weights_bytes),
+                ("workspace", needs.workspace_bytes_per_instance * count),
+                ("kv", needs.kv_bytes),
+            ):
+                if num_bytes:
+                    entries.append(MemoryEntry(context.name, context.version, device, kind, num_bytes))
+        return entries
+
+    def _services_for(self, context: LoadContext) -> LoopServices | None:
+        if self.services is None:
+            return None
+        return LoopServices(self.services, asyncio.get_running_loop(), context.name, context.version)
+
+    def _backend(self, source: BackendSource) -> Backend:
+        if source.name not in self._backends:
+            self._backends[source.name] = source.make()
+        return self._backends[source.name]
+
+    def _results(self) -> Mailbox:
+        if self._mailbox is None:
+            self._mailbox = Mailbox(asyncio.get_running_loop())
+        return self._mailbox
+
+    @staticmethod
+    def _with_backend_options(context: LoadContext, source: BackendSource) -> LoadContext:
+        if not source.model_file:
+            return context
+        return replace(
+            context, backend_options={**context.backend_options, BACKEND_MODEL_OPTION: source.model_file}
+        )
+
+
+def declared_memory(config: ModelConfig) -> MemoryNeeds | None:
+    """What the config's `serving.memory` claims; None where it claims nothing."""
+    memory = config.serving.memory
+    if not (memory.weights_bytes or memory.workspace_bytes_per_instance or memory.kv_bytes):
+        return None
+    return MemoryNeeds(memory.weights_bytes, memory.workspace_bytes_per_instance, memory.kv_bytes)
+
+
+def wanted_host(config: ModelConfig, backend: Backend) -> HostKind:
+    """The config's `serving.host`, else what the backend prefers."""
+    chosen = {
+        ModelServing.HOST_THREAD: HostKind.THREAD,
+        ModelServing.HOST_PROCESS: HostKind.PROCESS,
+        ModelServing.HOST_DEVICE: HostKind.DEVICE,
+    }
+    return chosen.get(config.serving.host) or backend.host_kind(config)

@@ -1,0 +1,87 @@
+"""Which instances a config asks for and on which device each runs. Pure.
+
+Names and error texts are Triton's: group `<model>_<index>` (or `<model>` where the config has no group),
+instance `<group>_<index>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from enginehouse.backend import Placement
+from enginehouse.config.schema import ModelConfig, ModelInstanceGroup
+from enginehouse.errors import InvalidArgument
+
+KIND_AUTO = ModelInstanceGroup.KIND_AUTO
+KIND_GPU = ModelInstanceGroup.KIND_GPU
+KIND_CPU = ModelInstanceGroup.KIND_CPU
+KIND_MODEL = ModelInstanceGroup.KIND_MODEL
+
+MODEL_CHOSEN_DEVICE = "model"
+"""Placement.device for KIND_MODEL: the backend picks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What placement may use: GPU names by their number, and whether a GPU group may fall back to the CPU."""
+
+    gpus: Sequence[str] = ()
+    cpu_for_missing_gpu: bool = False
+
+
+def with_explicit_groups(config: ModelConfig, machine: Machine, gpu_capable: bool = True) -> ModelConfig:
+    """A copy whose instance groups have name, count, a kind other than AUTO, and GPUs.
+
+    Idempotent. Raises InvalidArgument for a group that can't be placed on this machine.
+    """
+    explicit = ModelConfig()
+    explicit.CopyFrom(config)
+    if not explicit.instance_group:
+        explicit.instance_group.add(name=config.name, count=1, kind=KIND_AUTO)
+    for index, group in enumerate(explicit.instance_group):
+        group.name = group.name or f"{config.name}_{index}"
+        group.count = max(group.count, 1)
+        _fix_kind(group, config.name, machine, gpu_capable)
+    return explicit
+
+
+def _fix_kind(group: ModelInstanceGroup, model: str, machine: Machine, gpu_capable: bool) -> None:
+    what = f"instance group {group.name} of model {model}"
+    if group.kind == KIND_AUTO:
+        group.kind = KIND_GPU if group.gpus or (machine.gpus and gpu_capable) else KIND_CPU
+    if group.kind in (KIND_CPU, KIND_MODEL) and group.gpus and group.kind == KIND_CPU:
+        raise InvalidArgument(f"{what} has kind KIND_CPU but specifies one or more GPUs")
+    if group.kind != KIND_GPU:
+        return
+    if not machine.gpus:
+        if machine.cpu_for_missing_gpu:
+            group.kind = KIND_CPU
+            del group.gpus[:]
+            return
+        raise InvalidArgument(f"{what} has kind KIND_GPU but no GPUs are available")
+    if not group.gpus:
+        group.gpus.extend(range(len(machine.gpus)))
+    for gpu in group.gpus:
+        if not 0 <= gpu < len(machine.gpus):
+            known = ", ".join(str(number) for number in range(len(machine.gpus)))
+            raise InvalidArgument(
+                f"{what} specifies invalid or unsupported gpu id {gpu}. GPUs on this machine: {known}"
+            )
+
+
+def placements(config: ModelConfig, machine: Machine) -> list[Placement]:
+    """The instances of a config with explicit groups, in its order; GPU groups count for each GPU."""
+    placed: list[Placement] = []
+    for number, group in enumerate(config.instance_group):
+        devices = _devices(group, machine)
+        for index in range(group.count * len(devices)):
+            device = devices[index // group.count]
+            placed.append(Placement(f"{group.name}_{index}", device, number, group.passive))
+    return placed
+
+
+def _devices(group: ModelInstanceGroup, machine: Machine) -> Sequence[str]:
+    if group.kind == KIND_GPU:
+        return [machine.gpus[gpu] for gpu in group.gpus]
+    return [MODEL_CHOSEN_DEVICE] if group.kind == KIND_MODEL else ["cpu"]

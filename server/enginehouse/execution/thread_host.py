@@ -1,0 +1,267 @@
+"""Instances in threads of the server's process: least delay, for native runtimes that release the GIL.
+
+Each instance has a thread of its own, so that frameworks with per-thread state see one thread for life.
+Nothing here can stop a stuck call or survive a native crash: models that may do that go into a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import SimpleQueue
+
+from enginehouse.backend import (
+    Backend,
+    GenerativeInstance,
+    Instance,
+    LoadContext,
+    Model,
+    Placement,
+    RequestInstance,
+    TensorInstance,
+)
+from enginehouse.execution.answering import RunningBatch
+from enginehouse.execution.contract import Batch, ExecutionTimes, HostHealth, HostState
+from enginehouse.execution.joining import Joiner
+from enginehouse.execution.mailbox import Mailbox
+from enginehouse.execution.running import Outcome, as_error, run_requests, run_tensors, view_for_instance
+from enginehouse.types import GenerateRequest, InferRequest, InferResponse, MetricFamily, TokenEvent
+
+
+class ThreadInstance:
+    """An InstanceHandle. Made by `start`, which returns once the backend's instance exists."""
+
+    num_slots = 1
+
+    def __init__(self, model: ThreadHostedModel, placement: Placement) -> None:
+        self.name = placement.name
+        self.device = placement.device
+        self.group = placement.group
+        self.available = True
+        self.placement = placement
+        self.instance: Instance | None = None
+        self._model = model
+        self._jobs: SimpleQueue[RunningBatch | None] = SimpleQueue()
+        self._running: set[RunningBatch] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._thread = threading.Thread(target=self._work, name=f"instance {placement.name}", daemon=True)
+        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def start(self) -> None:
+        self._thread.start()
+        await self._started
+
+    def execute(self, batch: Batch) -> None:
+        running = RunningBatch(batch, self._model.name, self._model.version)
+        self._running.add(running)
+        self._idle.clear()
+        self._jobs.put(running)
+
+    def cancel(self, request: InferRequest) -> None:
+        for running in self._running:
+            index = running.index_of(request)
+            if index is not None and index < len(running.views):
+                running.views[index].cancel()
+
+    async def close(self) -> None:
+        """Waits for what is running; then the backend's instance is closed in its own thread."""
+        self.available = False
+        await self._idle.wait()
+        self._jobs.put(None)
+        await self._closed
+        self._thread.join()
+
+    # --- on the loop, told by the thread
+
+    def _on_response(self, running: RunningBatch, index: int, response: InferResponse) -> None:
+        running.respond(index, response)
+        self._forget_if_finished(running)
+
+    def _on_outcome(self, running: RunningBatch, outcome: Outcome, answers: Sequence[InferResponse]) -> None:
+        for index, answer in enumerate(answers):
+            running.respond(index, answer)
+        running.release(outcome.times, outcome.error)
+        self._forget_if_finished(running)
+
+    def _forget_if_finished(self, running: RunningBatch) -> None:
+        if running.finished:
+            self._running.discard(running)
+            if not self._running:
+                self._idle.set()
+
+    # --- in the thread
+
+    def _work(self) -> None:
+        post = self._model.mailbox.post
+        try:
+            self.instance = self._model.model.create_instance(self.placement)
+        except BaseException as problem:
+            post(self._started.set_exception, as_error(problem))
+            return
+        post(_settle, self._started)
+        while (job := self._jobs.get()) is not None:
+            self._run(job)
+            del job  # else the thread would keep the last batch's tensors alive while it waits
+        self.instance.close()
+        self.instance = None
+        post(_settle, self._closed)
+
+    def _run(self, running: RunningBatch) -> None:
+        start_ns = time.monotonic_ns()
+        answers: list[InferResponse] = []
+        try:
+            outcome = self._run_instance(running, start_ns, answers)
+        except Exception as problem:  # joining or splitting: the batch fails, the thread goes on
+            now_ns = time.monotonic_ns()
+            outcome = Outcome(ExecutionTimes(start_ns, now_ns, now_ns, now_ns), {}, as_error(problem))
+            answers = []
+        self._model.mailbox.post(self._on_outcome, running, outcome, answers)
+
+    def _run_instance(self, running: RunningBatch, start_ns: int, answers: list[InferResponse]) -> Outcome:
+        requests, joiner = running.batch.requests, self._model.joiner
+        if isinstance(self.instance, TensorInstance):
+            inputs = {joined.name: joined.gather() for joined in joiner.join(requests)}
+            outcome = run_tensors(self.instance, start_ns, inputs, joiner.requested_outputs(requests))
+            if outcome.error is None:
+                split = joiner.split(requests, outcome.outputs)
+                answers.extend(running.response(index, outputs) for index, outputs in enumerate(split))
+            return outcome
+        assert isinstance(self.instance, RequestInstance), "a generative instance runs no batches: a bug"
+        mailbox = self._model.mailbox
+
+        def respond(index: int, response: InferResponse) -> None:
+            response.outputs = joiner.pick(requests[index], response.outputs)
+            response.model_name, response.model_version = running.model_name, running.model_version
+            response.id = requests[index].id
+            mailbox.post(self._on_response, running, index, response)
+
+        for index, request in enumerate(requests):
+            inputs = joiner.model_inputs(request)
+            running.views.append(
+                view_for_instance(request, index, inputs, request.requested_outputs, respond)
+            )
+        return run_requests(self.instance, start_ns, running.views)
+
+
+class ThreadGenerative:
+    """A GenerativeHandle over an engine in this process; events come back on the loop."""
+
+    def __init__(self, instance: GenerativeInstance, mailbox: Mailbox) -> None:
+        self._instance = instance
+        self._mailbox = mailbox
+        self._emit_by_request: dict[str, Callable[[TokenEvent], None]] = {}
+        instance.start(partial(mailbox.post, self._on_events))
+
+    def submit(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None:
+        self._emit_by_request[request.id] = emit
+        try:
+            self._instance.submit(request)
+        except BaseException:
+            del self._emit_by_request[request.id]
+            raise
+
+    def cancel(self, request_id: str) -> None:
+        self._instance.cancel(request_id)
+
+    async def metrics(self) -> Sequence[MetricFamily]:
+        return await asyncio.get_running_loop().run_in_executor(None, self._instance.metrics)
+
+    def _on_events(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            emit = self._emit_by_request.get(event.request_id)
+            if emit is None:
+                continue
+            if event.finish_reason is not None or event.error is not None:
+                del self._emit_by_request[event.request_id]
+            emit(event)
+
+
+class ThreadHostedModel:
+    """A HostedModel whose instances are threads of this process."""
+
+    def __init__(self, context: LoadContext, model: Model, mailbox: Mailbox, joiner: Joiner) -> None:
+        self.config = context.config
+        self.name = context.name
+        self.version = str(context.version)
+        self.model = model
+        self.mailbox = mailbox
+        self.joiner = joiner
+        self.all_instances: list[ThreadInstance] = []
+        self.generative: ThreadGenerative | None = None
+        self.health = HostHealth(HostState.READY)
+        self.on_closed: Callable[[], None] = lambda: None
+
+    @property
+    def instances(self) -> Sequence[ThreadInstance]:
+        return [instance for instance in self.all_instances if not instance.placement.passive]
+
+    async def is_ready(self) -> bool:
+        return self.health.state is HostState.READY
+
+    async def set_instances(self, placements: Sequence[Placement]) -> None:
+        wanted = {placement.name: placement for placement in placements}
+        kept = [
+            instance for instance in self.all_instances if wanted.get(instance.name) == instance.placement
+        ]
+        gone = [instance for instance in self.all_instances if instance not in kept]
+        present = {instance.name for instance in kept}
+        started = list(kept)
+        try:
+            for placement in placements:
+                if placement.name not in present:
+                    instance = ThreadInstance(self, placement)
+                    await instance.start()
+                    started.append(instance)
+        except BaseException:
+            for instance in started:
+                if instance not in kept:
+                    await instance.close()
+            raise
+        order = {placement.name: place for place, placement in enumerate(placements)}
+        self.all_instances = sorted(started, key=lambda instance: order[instance.name])
+        for instance in gone:
+            await instance.close()
+        self._find_generative()
+
+    def _find_generative(self) -> None:
+        for handle in self.all_instances:
+            if isinstance(handle.instance, GenerativeInstance) and self.generative is None:
+                self.generative = ThreadGenerative(handle.instance, self.mailbox)
+
+    async def close(self) -> None:
+        if self.health.state is HostState.FAILED:
+            return
+        self.health = HostHealth(HostState.FAILED, "closed")
+        for instance in self.all_instances:
+            await instance.close()
+        self.all_instances = []
+        await asyncio.get_running_loop().run_in_executor(None, self.model.close)
+        self.on_closed()
+
+
+async def load_in_threads(
+    backend: Backend, context: LoadContext, placements: Sequence[Placement], mailbox: Mailbox
+) -> ThreadHostedModel:
+    """Raises what the backend raises, with nothing left behind."""
+    loop = asyncio.get_running_loop()
+    try:
+        model = await loop.run_in_executor(None, backend.load, context)
+    except Exception as problem:
+        raise as_error(problem) from problem
+    hosted = ThreadHostedModel(context, model, mailbox, Joiner.of_config(context.config))
+    try:
+        await hosted.set_instances(placements)
+    except BaseException:
+        await loop.run_in_executor(None, model.close)
+        raise
+    return hosted
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
