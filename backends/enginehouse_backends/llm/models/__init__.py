@@ -1,0 +1,50 @@
+"""Which architectures the engine knows, by the name in config.json's `architectures`.
+
+A family's file is imported when a checkpoint asks for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import abstractmethod
+
+from enginehouse.errors import Unsupported
+from enginehouse_backends.llm.attention import StepBatch
+from enginehouse_backends.llm.layers import Build, Layer, Value
+
+_MODULES = {
+    "LlamaForCausalLM": ("llama", "LlamaModel"),
+    "MistralForCausalLM": ("mistral", "MistralModel"),
+    "Qwen2ForCausalLM": ("qwen2", "Qwen2Model"),
+    "Qwen3ForCausalLM": ("qwen3", "Qwen3Model"),
+}
+
+
+class DecoderModel(Layer):
+    """A decoder: tokens of a step in, logits of the wanted rows out."""
+
+    def __init__(self, build: Build) -> None:
+        self.build = build
+
+    @abstractmethod
+    def forward(self, tokens: Value, step: StepBatch | None) -> Value:
+        """[T] tokens → [R, vocab] float32. Called with a Symbol and None to record a program."""
+
+
+def known_architectures() -> list[str]:
+    return sorted(_MODULES)
+
+
+def build_model(build: Build) -> DecoderModel:
+    """The model without weights; `model.load(checkpoint)` fills it.
+
+    Raises Unsupported for an unknown family.
+    """
+    family = build.architecture.family
+    if family not in _MODULES:
+        raise Unsupported(
+            f"architecture '{family}' is not supported; known are {', '.join(known_architectures())}"
+        )
+    module, name = _MODULES[family]
+    made: DecoderModel = getattr(importlib.import_module(f"{__name__}.{module}"), name)(build)
+    return made

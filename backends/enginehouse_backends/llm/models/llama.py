@@ -1,0 +1,120 @@
+"""Llama 2 and 3, and the plan that Mistral and Qwen share with it: pre-norm, rotary, gated MLP."""
+
+from __future__ import annotations
+
+import torch
+
+from enginehouse_backends.llm.attention import StepBatch
+from enginehouse_backends.llm.layers import (
+    AttentionLayer,
+    Build,
+    Embedding,
+    GatedActivation,
+    Head,
+    Layer,
+    Linear,
+    Part,
+    RmsNorm,
+    Split,
+    Value,
+    add,
+    make_rope,
+    select_rows,
+)
+from enginehouse_backends.llm.models import DecoderModel
+
+
+class LlamaBlock(Layer):
+    """One transformer layer."""
+
+    def __init__(self, build: Build, index: int, rope: torch.Tensor, qkv_bias: bool, qk_norm: bool) -> None:
+        a, prefix = build.architecture, f"model.layers.{index}"
+        heads = f"{prefix}.self_attn"
+        self.input_norm = RmsNorm(build, f"{prefix}.input_layernorm", a.hidden_size)
+        self.qkv = Linear(
+            build,
+            (
+                Part(f"{heads}.q_proj", a.query_size, a.num_heads),
+                Part(f"{heads}.k_proj", a.kv_size, a.num_kv_heads),
+                Part(f"{heads}.v_proj", a.kv_size, a.num_kv_heads),
+            ),
+            a.hidden_size,
+            bias=qkv_bias,
+            split=Split.OUTPUTS,
+        )
+        q_norm = RmsNorm(build, f"{heads}.q_norm", a.head_dim) if qk_norm else None
+        k_norm = RmsNorm(build, f"{heads}.k_norm", a.head_dim) if qk_norm else None
+        self.attention = AttentionLayer(build, index, rope, q_norm, k_norm)
+        output_bias = bool(a.raw.get("attention_bias", False)) and a.family == "LlamaForCausalLM"
+        self.output = Linear(
+            build,
+            (Part(f"{heads}.o_proj", a.hidden_size),),
+            a.query_size,
+            bias=output_bias,
+            split=Split.INPUTS,
+        )
+        self.mlp_norm = RmsNorm(build, f"{prefix}.post_attention_layernorm", a.hidden_size)
+        self.mlp = GatedMlp(build, f"{prefix}.mlp")
+
+    def forward(self, x: Value, residual: Value | None, step: StepBatch | None) -> tuple[Value, Value]:
+        """(the MLP's output, the residual that is still to be added to it)."""
+        normed, residual = (self.input_norm(x), x) if residual is None else self.input_norm.add(x, residual)
+        attended = self.attention(self.qkv(normed), step)
+        normed, residual = self.mlp_norm.add(self.output(attended), residual)
+        return self.mlp(normed), residual
+
+
+class GatedMlp(Layer):
+    """down(activation(gate x) * up x)"""
+
+    def __init__(self, build: Build, prefix: str) -> None:
+        a = build.architecture
+        bias = bool(a.raw.get("mlp_bias", False))
+        self.gate_up = Linear(
+            build,
+            (
+                Part(f"{prefix}.gate_proj", a.intermediate_size),
+                Part(f"{prefix}.up_proj", a.intermediate_size),
+            ),
+            a.hidden_size,
+            bias=bias,
+            split=Split.OUTPUTS,
+        )
+        self.activation = GatedActivation(a.activation)
+        self.down = Linear(
+            build,
+            (Part(f"{prefix}.down_proj", a.hidden_size),),
+            a.intermediate_size,
+            bias=bias,
+            split=Split.INPUTS,
+        )
+
+    def __call__(self, x: Value) -> Value:
+        return self.down(self.activation(self.gate_up(x)))
+
+
+class LlamaModel(DecoderModel):
+    """Subclasses set what their family does differently."""
+
+    qk_norm = False
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        a = build.architecture
+        rope = make_rope(build)
+        self.embedding = Embedding(build, "model.embed_tokens")
+        self.blocks = [
+            LlamaBlock(build, index, rope, self.qkv_bias(), self.qk_norm) for index in range(a.num_layers)
+        ]
+        self.norm = RmsNorm(build, "model.norm", a.hidden_size)
+        self.head = Head(build, "lm_head", self.embedding if a.tied_embeddings else None)
+
+    def qkv_bias(self) -> bool:
+        return bool(self.build.architecture.raw.get("attention_bias", False))
+
+    def forward(self, tokens: Value, step: StepBatch | None) -> Value:
+        x, residual = self.embedding(tokens), None
+        for block in self.blocks:
+            x, residual = block.forward(x, residual, step)
+        last = x if residual is None else add(x, residual)
+        return self.head(self.norm(select_rows(last, step)))

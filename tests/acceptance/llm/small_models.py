@@ -1,0 +1,57 @@
+"""Small random checkpoints of each family, made by transformers, and what transformers says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB = 256
+MAX_POSITIONS = 256
+SHAPE: Mapping[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_POSITIONS,
+}
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+_YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+CONFIGS: Mapping[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE, rope_parameters=_LLAMA3),
+    "llama-yarn": lambda: transformers.LlamaConfig(**SHAPE, rope_parameters=_YARN),
+    "llama-biased": lambda: transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "qwen2": lambda: transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=32),
+    "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=8),
+}
+
+
+def make_reference(config: Any, seed: int = 0) -> Any:
+    """A model of transformers with random weights whose greedy choices are far from ties."""
+    torch.manual_seed(seed)
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+            else:
+                parameter.mul_(3.0)
+    return model
+
+
+def save_reference(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Writes the checkpoint of CONFIGS[name] and gives the model back in float32."""
+    model = make_reference(CONFIGS[name]())
+    model.to(dtype).save_pretrained(folder)
+    return model.float()
