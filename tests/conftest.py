@@ -1,0 +1,9 @@
+"""Set before anything else is imported, for the whole run."""
+
+from __future__ import annotations
+
+import os
+
+# Triton decides at its import whether kernels are compiled or interpreted; there is no CUDA device here.
+# tests/gpu is run by itself, with TRITON_INTERPRET=0.
+os.environ.setdefault("TRITON_INTERPRET", "1")

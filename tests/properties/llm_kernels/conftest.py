@@ -1,0 +1,22 @@
+"""Runs the Triton kernels of this folder on the CPU through Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+pytest.importorskip("triton", reason="the kernels' language; in the `test` extra")
+torch = pytest.importorskip("torch")
+
+from . import interpreter  # noqa: E402
+
+interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def _inputs_of_their_own(request: pytest.FixtureRequest) -> None:
+    """Random inputs that differ from test to test and are the same in every run."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
