@@ -253,6 +253,8 @@ class InferRequest:
     on_cancel: Callable[[InferRequest], None] | None = None
     """Set by whichever stage holds the request now; called once, on the loop, by `cancel`."""
     num_responses: int = 0
+    failed: bool = False
+    """Set by statistics when the request's end counts as its failure, so that it is not a success too."""
     flow: Any = None
     """Whatever the scheduler that holds the request needs to remember about it."""
 
