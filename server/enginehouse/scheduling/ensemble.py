@@ -1,0 +1,114 @@
+"""Ensembles: graphs of ordinary core requests, batched with everyone else's.
+
+The scheduler only keeps count; what a request does is in `ensemble_run`, the graph in `ensemble_graph`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from enginehouse.config.schema import ModelConfig
+from enginehouse.execution.contract import Batch, InstanceHandle
+from enginehouse.scheduling.clock import Clock, LoopClock
+from enginehouse.scheduling.contract import ExecutionObserver, SubmitRequest
+from enginehouse.scheduling.ensemble_check import ConfigLookup, client_dims
+from enginehouse.scheduling.ensemble_graph import EnsembleGraph
+from enginehouse.scheduling.ensemble_run import EnsembleRun, StepGate
+from enginehouse.scheduling.loop import cancelled, stopped
+from enginehouse.types import InferRequest, InferResponse
+
+
+class EnsembleScheduler:
+    """The contract's Scheduler for ensembles. Steps are bounded by the queues of their models."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        version: int,
+        observer: ExecutionObserver,
+        submit: SubmitRequest,
+        lookup: ConfigLookup,
+        clock: Clock | None = None,
+    ) -> None:
+        self.graph = EnsembleGraph.of(config)
+        self.config = config
+        self.observer = observer
+        self.submit_step = submit
+        self.lookup = lookup
+        self.clock = clock or LoopClock()
+        self.gate = StepGate(self.graph.max_inflight_requests)
+        self.is_decoupled = config.model_transaction_policy.decoupled
+        self.version = str(version)
+        self.output_dims = {tensor.name: client_dims(tensor) for tensor in config.output}
+        self._instance = EnsembleInstance(f"{config.name}_{version}")
+        self._runs: set[EnsembleRun] = set()
+        self._is_closed = False
+        self._drained: list[asyncio.Future[None]] = []
+
+    @property
+    def num_pending(self) -> int:
+        return 0
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._runs)
+
+    def submit(self, request: InferRequest) -> None:
+        if self._is_closed:
+            raise stopped(request)
+        if request.cancelled:
+            raise cancelled()
+        request.times.queued_ns = request.times.started_ns = self.clock.now_ns()
+        run = EnsembleRun(self, request)
+        self._runs.add(run)
+        run.start()
+
+    def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
+        """An ensemble has none."""
+
+    async def drain(self) -> None:
+        if self._runs:
+            drained = asyncio.get_running_loop().create_future()
+            self._drained.append(drained)
+            await drained
+
+    def close(self) -> None:
+        self._is_closed = True
+        for run in list(self._runs):
+            run.fail(stopped(run.request))
+
+    def deliver(self, run: EnsembleRun, response: InferResponse) -> None:
+        request = run.request
+        if response.final:
+            self._runs.discard(run)
+            request.on_cancel = None
+            if response.error is None:
+                self.observer.on_batch([request], self._instance, run.times(), None)
+        self.observer.on_response(request, response)
+        request.num_responses += response.has_response
+        assert request.sink is not None, "bug: a submitted request has a sink"
+        request.sink(response)
+        if self._drained and not self._runs:
+            waiters, self._drained = self._drained, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+
+class EnsembleInstance:
+    """Stands for the instance that an ensemble doesn't have, where statistics name one."""
+
+    device = "cpu"
+    group = 0
+    num_slots = 0
+    available = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def execute(self, batch: Batch) -> None:
+        raise AssertionError("bug: ensembles run their steps as requests")
+
+    def cancel(self, request: InferRequest) -> None:
+        raise AssertionError("bug: ensembles run their steps as requests")

@@ -1,0 +1,251 @@
+"""The one loop that performs batching decisions: who waits, which instance is free, when to look again.
+
+Reserve, then decide: the policy is asked only while an instance is free, so that batches are cut as late as
+possible. Everything runs as callbacks on the server's loop; a request costs no task and no future.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from enginehouse.errors import Cancelled, EnginehouseError, FailureReason, Unavailable
+from enginehouse.execution.contract import Batch, ExecutionTimes, InstanceHandle
+from enginehouse.scheduling.clock import Alarm, Clock, LoopClock
+from enginehouse.scheduling.contract import ExecutionObserver
+from enginehouse.scheduling.dynamic_batching import BatchPolicy, SingleRequests, Wait
+from enginehouse.scheduling.instances import InstancePool
+from enginehouse.scheduling.ordering import ResponseOrder
+from enginehouse.scheduling.queue import RequestQueue, Ticket
+from enginehouse.scheduling.rate_limiter import InstanceLimits, Unlimited
+from enginehouse.types import InferRequest, InferResponse
+
+
+@dataclass
+class BatchingOptions:
+    """How one version's requests are batched."""
+
+    policy: BatchPolicy = field(default_factory=SingleRequests)
+    queue: RequestQueue = field(default_factory=RequestQueue)
+    shape_key: Callable[[InferRequest], Hashable] | None = None
+    gathers: bool = False
+    """Let requests that arrive together be seen together before the first batch is cut."""
+    preserves_order: bool = False
+    hold_until_queued: int = 0
+    """No batch before so many requests wait (once): TRITONSERVER_DELAY_SCHEDULER."""
+
+
+class BatchingScheduler:
+    """The contract's Scheduler for models without sequences."""
+
+    def __init__(
+        self,
+        options: BatchingOptions,
+        instances: Sequence[InstanceHandle],
+        observer: ExecutionObserver,
+        clock: Clock | None = None,
+        limits: InstanceLimits | None = None,
+    ) -> None:
+        self._policy = options.policy
+        self._queue = options.queue
+        self._shape_key = options.shape_key
+        self._gathers = options.gathers
+        self._hold_until_queued = options.hold_until_queued
+        self._pool = InstancePool(instances)
+        self._observer = observer
+        self._clock = clock or LoopClock()
+        self._limits = limits or Unlimited()
+        self._limits.on_room = self._pass
+        self._alarm = Alarm(self._clock, self._on_alarm)
+        self._waiting: Wait | None = None
+        self._pass_is_due = False
+        self._is_closed = False
+        self._num_in_flight = 0
+        self._drained: list[asyncio.Future[None]] = []
+        self._order = ResponseOrder(self._deliver) if options.preserves_order else None
+
+    # --- the contract
+
+    @property
+    def num_pending(self) -> int:
+        return self._queue.num_requests
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._num_in_flight
+
+    def submit(self, request: InferRequest) -> None:
+        if self._is_closed:
+            raise stopped(request)
+        if request.cancelled:
+            raise cancelled()
+        now_ns = request.times.queued_ns = self._clock.now_ns()
+        ticket = Ticket(request, now_ns, self._shape_key(request) if self._shape_key is not None else None)
+        self._queue.add(ticket)
+        request.flow = ticket
+        request.on_cancel = self._cancel_queued
+        self._num_in_flight += 1
+        self._notice(ticket)
+
+    def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
+        self._pool.set(instances)
+        self._pass()
+
+    async def drain(self) -> None:
+        if self._num_in_flight:
+            drained = asyncio.get_running_loop().create_future()
+            self._drained.append(drained)
+            await drained
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._alarm.set(0)
+        self._limits.close()
+        left = list(self._queue)
+        self._queue.take(left)
+        for ticket in left:
+            self._refuse(ticket.request, stopped(ticket.request))
+
+    # --- deciding
+
+    def _notice(self, ticket: Ticket) -> None:
+        """A request arrived: look at the queue unless the answer is known to be the same as before."""
+        waiting = self._waiting
+        if (
+            waiting is not None
+            and self._queue.num_rows < waiting.wake_rows
+            and ticket.shape_key == waiting.shape_key
+        ):
+            self._set_alarm()
+            return
+        if not self._gathers:
+            self._pass()
+        elif not self._pass_is_due:
+            self._pass_is_due = True
+            self._clock.call_soon(self._pass)
+
+    def _pass(self) -> None:
+        self._look(self._clock.now_ns())
+
+    def _on_alarm(self, now_ns: int) -> None:
+        self._look(now_ns)
+
+    def _look(self, now_ns: int) -> None:
+        """Cuts batches for as long as there are requests, free instances and a reason not to wait."""
+        self._pass_is_due = False
+        self._waiting = None
+        queue = self._queue
+        if queue.next_timeout_ns:
+            self._expire(now_ns)
+        while queue.num_requests and not self._is_held():
+            instance = self._pool.free()
+            if instance is None:
+                break
+            decision = self._policy.decide(queue, now_ns)
+            if decision is None:
+                break
+            if isinstance(decision, Wait):
+                self._waiting = decision
+                break
+            if not self._limits.acquire(instance):
+                break
+            queue.take(decision.tickets)
+            self._hand_over(decision.tickets, instance, now_ns)
+        self._set_alarm()
+
+    def _is_held(self) -> bool:
+        if self._hold_until_queued and self._queue.num_requests >= self._hold_until_queued:
+            self._hold_until_queued = 0
+        return self._hold_until_queued > 0
+
+    def _set_alarm(self) -> None:
+        when_ns = self._queue.next_timeout_ns
+        if self._waiting is not None and not 0 < when_ns < self._waiting.until_ns:
+            when_ns = self._waiting.until_ns
+        if when_ns != self._alarm.when_ns:
+            self._alarm.set(when_ns)
+
+    def _expire(self, now_ns: int) -> None:
+        for ticket in self._queue.expire(now_ns):
+            self._refuse(
+                ticket.request, Unavailable("Request timeout expired", reason=FailureReason.REJECTED)
+            )
+
+    # --- running
+
+    def _hand_over(self, tickets: Sequence[Ticket], instance: InstanceHandle, now_ns: int) -> None:
+        requests = [ticket.request for ticket in tickets]
+        for request in requests:
+            request.times.started_ns = now_ns
+            request.flow = instance
+            request.on_cancel = self._cancel_running
+            if self._order is not None:
+                self._order.open(request)
+        self._pool.reserve(instance)
+        instance.execute(Batch(requests, self._on_response, self._on_done, instance))
+
+    def _on_response(self, request: InferRequest, response: InferResponse) -> None:
+        if response.final:
+            request.on_cancel = None
+        if self._order is not None:
+            self._order.respond(request, response)
+        else:
+            self._deliver(request, response)
+
+    def _on_done(self, batch: Batch, times: ExecutionTimes, error: EnginehouseError | None) -> None:
+        instance = batch.instance
+        assert instance is not None, "bug: this loop names the instance of its batches"
+        self._observer.on_batch(batch.requests, instance, times, error)
+        self._pool.release(instance)
+        self._limits.release(instance)
+        if self._queue.num_requests:
+            self._pass()
+
+    # --- answering
+
+    def _deliver(self, request: InferRequest, response: InferResponse) -> None:
+        """One answer, counted and sent. The final one ends the request."""
+        self._observer.on_response(request, response)
+        request.num_responses += response.has_response
+        sink = request.sink
+        assert sink is not None, "bug: a submitted request has a sink"
+        if response.final:
+            self._num_in_flight -= 1
+            request.flow = None
+            sink(response)
+            if self._drained and not self._num_in_flight:
+                self._wake_drained()
+        else:
+            sink(response)
+
+    def _refuse(self, request: InferRequest, error: EnginehouseError) -> None:
+        request.on_cancel = None
+        self._deliver(request, InferResponse(error=error))
+
+    def _wake_drained(self) -> None:
+        waiters, self._drained = self._drained, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # --- cancelling
+
+    def _cancel_queued(self, request: InferRequest) -> None:
+        self._queue.take((request.flow,))
+        self._refuse(request, cancelled())
+
+    def _cancel_running(self, request: InferRequest) -> None:
+        request.flow.cancel(request)
+
+
+def stopped(request: InferRequest) -> Unavailable:
+    return Unavailable(
+        f"[request id: {request.id or '<id_unknown>'}] Server is stopping, scheduler for model has stopped "
+        f"accepting new inference requests",
+        reason=FailureReason.REJECTED,
+    )
+
+
+def cancelled() -> Cancelled:
+    return Cancelled("Request cancelled", reason=FailureReason.CANCELED)
