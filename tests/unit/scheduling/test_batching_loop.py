@@ -6,9 +6,10 @@ import asyncio
 
 import numpy as np
 import pytest
-from scheduling_factories import batching_config, config_of, request_of, rig_of
 
 from enginehouse.errors import Cancelled, Unavailable
+
+from .factories import batching_config, config_of, request_of, rig_of
 
 PLAIN = config_of('name: "m" max_batch_size: 8 input { name: "X" data_type: TYPE_INT32 dims: [1] }')
 

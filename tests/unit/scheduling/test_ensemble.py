@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scheduling_factories import Answers, Observer, config_of
 
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import Cancelled, EnginehouseError, InvalidArgument, NotFound, Unavailable
 from enginehouse.scheduling.build import build_scheduler
 from enginehouse.testing.clock import ManualClock
 from enginehouse.types import Array, InferRequest, InferResponse, Tensor
+
+from .factories import Answers, Observer, config_of
 
 Member = Callable[[InferRequest, "SmallCore"], None]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from scheduling_factories import config_of
-from test_ensemble import ADD_SUB, CHAIN, DOUBLE, FAN, ensemble, member, step
 
 from enginehouse.config.schema import TYPE_FP32, ModelConfig
 from enginehouse.errors import InvalidArgument, NotFound
 from enginehouse.scheduling.ensemble_check import check_ensemble, find_cycle
+
+from .factories import config_of
+from .test_ensemble import ADD_SUB, CHAIN, DOUBLE, FAN, ensemble, member, step
 
 MODELS = {
     config.name: config
