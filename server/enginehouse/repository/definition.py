@@ -1,0 +1,47 @@
+"""A model as the repository describes it at one moment, before anything of it is loaded. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from enginehouse.config.schema import ModelConfig
+
+
+class PollError(Exception):
+    """The model can't be found or its config can't be read; the text says which and where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """What a load request brings: a config that replaces the file's, and files (by relative path)."""
+
+    config: str | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDefinition:
+    name: str
+    directory: Path
+    """Local: config and version folders."""
+    config: ModelConfig
+    """As written, normalised as far as it can be without looking into artifacts."""
+    versions: Sequence[int]
+    """Those that the version policy picks from what lies there, ascending."""
+    fingerprints: Mapping[int, str]
+    """By version: changes whenever a file of that version changes."""
+    keeper: object = None
+    """Whatever keeps a temporary `directory` alive as long as the definition."""
+
+    @property
+    def on_demand(self) -> bool:
+        return self.config.serving.load == self.config.serving.LOAD_ON_DEMAND
+
+    def same_as(self, other: ModelDefinition) -> bool:
+        return (
+            self.directory == other.directory
+            and self.config == other.config
+            and self.fingerprints == other.fingerprints
+        )

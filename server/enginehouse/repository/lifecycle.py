@@ -1,0 +1,381 @@
+"""Brings versions up and down: explicit loads, unloads, start-up and changes in the repository.
+
+A new version is built while the old one serves and replaces it only when all of the load has succeeded; a
+failed load leaves what served in place. What is decided (which versions, in place or anew) is decided by
+`plan_load`; the rest carries it out. Texts are Triton's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from enginehouse.config.schema import ModelConfig
+from enginehouse.errors import EnginehouseError, Internal, InvalidArgument
+from enginehouse.repository.definition import ModelDefinition, Override, PollError
+from enginehouse.repository.registry import UNLOADED, Registry, ServedVersion, VersionState
+
+logger = logging.getLogger("enginehouse.repository")
+
+
+class ModelSource(Protocol):
+    """Where definitions come from. Blocking: called in a thread."""
+
+    def names(self) -> list[str]:
+        """Models that the repositories hold now."""
+        ...
+
+    def poll(self, name: str, override: Override | None) -> ModelDefinition:
+        """Raises PollError for a model that can't be found or read."""
+        ...
+
+
+class VersionBuilder(Protocol):
+    """Makes a version ready and takes it down again."""
+
+    async def build(self, definition: ModelDefinition, version: int) -> ServedVersion: ...
+    async def retire(self, served: ServedVersion) -> None:
+        """Waits for what is in flight, then gives everything back."""
+        ...
+
+    async def set_instances(self, served: ServedVersion, config: ModelConfig) -> None: ...
+    def check_ensemble(self, config: ModelConfig) -> None:
+        """Raises InvalidArgument for steps that don't fit the loaded members."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What a load has to do. `resize`: only instance counts changed, so nothing is loaded anew."""
+
+    build: Sequence[int]
+    retire: Sequence[int]
+    resize: bool = False
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """What serves now, to tell whether a later definition differs."""
+
+    definition: ModelDefinition
+    versions: dict[int, str]
+    explicit: bool
+
+
+def plan_load(definition: ModelDefinition, current: _Loaded | None, ready: Iterable[int]) -> LoadPlan:
+    """Compares the definition with what serves. An empty plan means that nothing changed."""
+    ready = set(ready)
+    gone = sorted(ready - set(definition.versions))
+    if current is None:
+        return LoadPlan(list(definition.versions), gone)
+    same_files = all(
+        current.versions.get(version) == definition.fingerprints[version] for version in definition.versions
+    )
+    same_place = current.definition.directory == definition.directory
+    if current.definition.config == definition.config and same_place:
+        changed = [
+            version
+            for version in definition.versions
+            if version not in ready or current.versions.get(version) != definition.fingerprints[version]
+        ]
+        return LoadPlan(changed, gone)
+    all_ready = ready == set(definition.versions)
+    if same_place and same_files and all_ready and _differs_in_counts_only(current.definition.config, definition.config):
+        return LoadPlan((), (), resize=True)
+    return LoadPlan(list(definition.versions), gone)
+
+
+def _differs_in_counts_only(old: ModelConfig, new: ModelConfig) -> bool:
+    copies = []
+    for config in (old, new):
+        copy = ModelConfig()
+        copy.CopyFrom(config)
+        copy.ClearField("instance_group")
+        copies.append(copy)
+    return copies[0] == copies[1] and not new.HasField("sequence_batching")
+
+
+class Lifecycle:
+    """One per server. Loads of one model happen one after the other; different models in parallel."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        source: ModelSource,
+        builder: VersionBuilder,
+        *,
+        num_parallel_loads: int = 4,
+        num_retries: int = 0,
+        on_change: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.registry = registry
+        self._source = source
+        self._builder = builder
+        self._num_retries = num_retries
+        self._on_change = on_change
+        self._slots = asyncio.Semaphore(max(num_parallel_loads, 1))
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._loaded: dict[str, _Loaded] = {}
+        self._failed: dict[str, ModelDefinition] = {}
+        self._retiring: dict[str, set[asyncio.Task[None]]] = {}
+
+    # --- what the outside asks for
+
+    async def load(self, name: str, override: Override | None = None) -> None:
+        """Raises Internal if the model can't be read, InvalidArgument if it can't be loaded."""
+        try:
+            definition = await asyncio.to_thread(self._source.poll, name, override)
+        except PollError as problem:
+            logger.error("Poll failed for model '%s': %s", name, problem)
+            raise Internal(f"failed to load '{name}', failed to poll from model repository") from problem
+        await self._load_definition(definition, explicit=True, above=())
+
+    async def unload(self, name: str, unload_dependents: bool = False) -> None:
+        """Returns when nothing new is accepted; what is in flight finishes in the background."""
+        loaded = self._loaded.get(name)
+        members = member_names(loaded.definition.config) if loaded and unload_dependents else []
+        async with self._lock(name):
+            self._take_down(name)
+        for other in self._dependents_of(name):
+            async with self._lock(other):
+                self._take_down(other)
+        for member in members:
+            entry = self._loaded.get(member)
+            if entry is not None and not entry.explicit and not self._dependents_of(member):
+                await self.unload(member, unload_dependents=True)
+
+    async def load_all(self, names: Sequence[str]) -> dict[str, str]:
+        """Loads these; gives back why each failed one failed."""
+        problems: dict[str, str] = {}
+
+        async def one(name: str) -> None:
+            try:
+                await self.load(name)
+            except EnginehouseError as error:
+                problems[name] = error.message.rstrip()
+
+        await asyncio.gather(*(one(name) for name in names))
+        return problems
+
+    async def refresh(self) -> None:
+        """Brings what serves in line with what the repositories hold (control mode poll)."""
+        names = await asyncio.to_thread(self._source.names)
+        for name in sorted(set(self._loaded) - set(names)):
+            await self.unload(name)
+        for name in names:
+            await self._refresh_one(name)
+
+    async def close(self) -> None:
+        """Takes everything down and waits for it."""
+        for name in list(self.registry.models):
+            self._take_down(name)
+        await self.wait_retired()
+
+    async def wait_retired(self) -> None:
+        tasks = [task for tasks in self._retiring.values() for task in tasks]
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def list_on_demand(self, name: str) -> None:
+        self.registry.record(name).on_demand = True
+
+    # --- loading
+
+    async def _refresh_one(self, name: str) -> None:
+        try:
+            definition = await asyncio.to_thread(self._source.poll, name, None)
+        except PollError as problem:
+            logger.error("Poll failed for model '%s': %s", name, problem)
+            return
+        failed = self._failed.get(name)
+        if failed is not None and failed.same_as(definition):
+            return  # it would only fail again: wait for the next change
+        try:
+            await self._load_definition(definition, explicit=True, above=())
+        except EnginehouseError as error:
+            logger.error("%s", error.message.rstrip())
+
+    async def _load_definition(
+        self, definition: ModelDefinition, explicit: bool, above: tuple[str, ...]
+    ) -> None:
+        name = definition.name
+        try:
+            await self._load_members(definition, (*above, name))
+            async with self._lock(name):
+                await self._carry_out(definition, explicit)
+        except EnginehouseError as error:
+            self._failed[name] = definition
+            self._on_change(name)
+            raise InvalidArgument(f"load failed for model '{name}': {error.message}\n") from error
+        self._failed.pop(name, None)
+        self._on_change(name)
+
+    async def _load_members(self, definition: ModelDefinition, path: tuple[str, ...]) -> None:
+        """An ensemble's members are loaded before it, and its graph is checked against them."""
+        if not definition.config.HasField("ensemble_scheduling"):
+            return
+        name = definition.name
+        for member in member_names(definition.config):
+            if member in path:
+                raise InvalidArgument(
+                    f"circular dependency between ensembles: {name} -> ... -> {member} -> {path[-1]}"
+                )
+            if self.registry.ready_versions(member):
+                continue
+            try:
+                found = await asyncio.to_thread(self._source.poll, member, None)
+            except PollError as problem:
+                raise InvalidArgument(
+                    f"ensemble {name} contains models that are not available or ambiguous: {member}"
+                ) from problem
+            try:
+                await self._load_definition(found, explicit=False, above=path)
+            except EnginehouseError as error:
+                reason = error.message.removeprefix(f"load failed for model '{member}': ").rstrip("\n")
+                raise InvalidArgument(
+                    f"ensemble '{name}' depends on '{member}' which has no loaded version. Model '{member}' "
+                    f"loading failed with error: {reason}"
+                ) from error
+        self._builder.check_ensemble(definition.config)
+
+    async def _carry_out(self, definition: ModelDefinition, explicit: bool) -> None:
+        name = definition.name
+        record = self.registry.record(name)
+        if not definition.versions:
+            raise InvalidArgument(
+                f"at least one version must be available under the version policy of model '{name}'"
+            )
+        await self._wait_for_retiring(name)
+        ready = {served.version: served for served in self.registry.ready_versions(name)}
+        current = self._loaded.get(name)
+        plan = plan_load(definition, current, ready)
+        if plan.resize:
+            for served in ready.values():
+                await self._builder.set_instances(served, definition.config)
+        elif plan.build:
+            await self._replace(definition, plan.build, ready)
+        for version in plan.retire:
+            self._retire_version(name, ready[version])
+        self._loaded[name] = _Loaded(
+            definition, dict(definition.fingerprints), explicit or (current is not None and current.explicit)
+        )
+        record.on_demand = definition.on_demand
+
+    async def _replace(
+        self, definition: ModelDefinition, versions: Sequence[int], ready: Mapping[int, ServedVersion]
+    ) -> None:
+        """Builds all of `versions`; puts them in place together, or not at all."""
+        name = definition.name
+        for version in versions:
+            if version not in ready:
+                self.registry.set_state(name, version, VersionState.LOADING)
+        self._on_change(name)
+        results = await asyncio.gather(
+            *(self._build(definition, version) for version in versions), return_exceptions=True
+        )
+        built = [result for result in results if isinstance(result, ServedVersion)]
+        problems = {
+            version: result for version, result in zip(versions, results, strict=True) if isinstance(result, BaseException)
+        }
+        if problems:
+            await asyncio.gather(*(self._builder.retire(served) for served in built))
+            self._note_failures(name, versions, problems, ready)
+        for served in built:
+            self.registry.set_state(name, served.version, VersionState.READY, served=served)
+            logger.info("successfully loaded '%s' version %s", name, served.version)
+        for served in built:
+            if served.version in ready:
+                self._retire_in_background(name, ready[served.version])
+
+    def _note_failures(
+        self,
+        name: str,
+        versions: Sequence[int],
+        problems: Mapping[int, BaseException],
+        ready: Mapping[int, ServedVersion],
+    ) -> None:
+        texts = []
+        for version in versions:
+            problem = problems.get(version)
+            reason = UNLOADED if problem is None else describe(problem)
+            if version in ready:
+                # The old one goes on serving; the index says why the new one doesn't.
+                self.registry.set_state(name, version, VersionState.READY, reason, ready[version])
+            else:
+                self.registry.set_state(name, version, VersionState.UNAVAILABLE, reason)
+            if problem is not None:
+                logger.error("failed to load '%s' version %s: %s", name, version, reason)
+                texts.append(f"version {version} is at UNAVAILABLE state: {reason};")
+        self._on_change(name)
+        raise InvalidArgument("".join(texts))
+
+    async def _build(self, definition: ModelDefinition, version: int) -> ServedVersion:
+        async with self._slots:
+            for attempt in range(self._num_retries + 1):
+                try:
+                    logger.info("loading: %s:%s", definition.name, version)
+                    return await self._builder.build(definition, version)
+                except EnginehouseError as error:
+                    if attempt == self._num_retries:
+                        raise
+                    logger.warning("load of '%s' failed, trying again: %s", definition.name, error)
+            raise AssertionError("the last attempt returns or raises: a bug")
+
+    # --- unloading
+
+    def _take_down(self, name: str) -> None:
+        self._loaded.pop(name, None)
+        self._failed.pop(name, None)
+        for served in self.registry.ready_versions(name):
+            self._retire_version(name, served)
+        self._on_change(name)
+
+    def _retire_version(self, name: str, served: ServedVersion) -> None:
+        logger.info("unloading: %s:%s", name, served.version)
+        self.registry.set_state(name, served.version, VersionState.UNLOADING, served=served)
+        self._retire_in_background(name, served, UNLOADED)
+
+    def _retire_in_background(self, name: str, served: ServedVersion, reason: str = "") -> None:
+        """With a reason the version itself goes; without, only its former build does."""
+
+        async def retire() -> None:
+            await self._builder.retire(served)
+            if reason and self.registry.record(name).versions[served.version].served is served:
+                self.registry.set_state(name, served.version, VersionState.UNAVAILABLE, reason)
+                logger.info("successfully unloaded '%s' version %s", name, served.version)
+                self._on_change(name)
+
+        task = asyncio.create_task(retire(), name=f"retire {name}:{served.version}")
+        tasks = self._retiring.setdefault(name, set())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    async def _wait_for_retiring(self, name: str) -> None:
+        """A model is not loaded beside its own remains: they may hold its device, port or file."""
+        if not self.registry.ready_versions(name) and self._retiring.get(name):
+            await asyncio.wait(set(self._retiring[name]))
+
+    def _dependents_of(self, name: str) -> list[str]:
+        return [
+            other
+            for other, loaded in self._loaded.items()
+            if other != name and name in member_names(loaded.definition.config)
+        ]
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+
+def member_names(config: ModelConfig) -> list[str]:
+    """The models of an ensemble's steps, each once, in order."""
+    return list(dict.fromkeys(step.model_name for step in config.ensemble_scheduling.step))
+
+
+def describe(problem: BaseException) -> str:
+    """A reason as the index shows it: "<code>: <text>"."""
+    if isinstance(problem, EnginehouseError):
+        return f"{problem.code.value}: {problem.message}"
+    return f"Internal: {type(problem).__name__}: {problem}"

@@ -1,0 +1,193 @@
+"""Makes one version ready: completed config, host, scheduler, warm-up. And takes it down again.
+
+The steps in order are `build`; what each one is lives in config, execution and scheduling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from enginehouse.backend import LoadContext
+from enginehouse.config import completion, tensors, validation
+from enginehouse.config.schema import ModelConfig
+from enginehouse.errors import Internal, InvalidArgument
+from enginehouse.execution.contract import HostedModel, HostHealth, HostState
+from enginehouse.execution.hosts import ModelHosts
+from enginehouse.execution.placement import placements, with_explicit_groups
+from enginehouse.repository.definition import ModelDefinition
+from enginehouse.repository.registry import Registry, ServedVersion, VersionState
+from enginehouse.request_checks import RequestChecks
+from enginehouse.scheduling.build import build_scheduler
+from enginehouse.scheduling.contract import SubmitRequest
+from enginehouse.scheduling.ensemble_check import check_ensemble
+from enginehouse.scheduling.warmup import warm_up
+
+logger = logging.getLogger("enginehouse.repository")
+
+
+class Serving:
+    """lifecycle.VersionBuilder over the real hosts and schedulers. One per server."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        hosts: ModelHosts,
+        submit: SubmitRequest,
+        *,
+        metrics: Any,
+        complete_configs: bool = True,
+    ) -> None:
+        self._registry = registry
+        self._hosts = hosts
+        self._submit = submit
+        self._metrics = metrics
+        self._complete_configs = complete_configs
+
+    async def build(self, definition: ModelDefinition, version: int) -> ServedVersion:
+        """Raises an EnginehouseError; nothing of the version is left then."""
+        context = LoadContext(definition.config, version, definition.directory)
+        config = await self._complete(context)
+        labels = await asyncio.to_thread(read_labels, config, definition.directory)
+        served = self._describe(config, version, labels)
+        hosted: HostedModel | None = None
+        try:
+            if not config.HasField("ensemble_scheduling"):
+                hosted = await self._hosts.load(
+                    LoadContext(config, version, definition.directory),
+                    lambda health: self._note_health(served, health),
+                )
+                self._attach(served, hosted)
+            await self._start(served, definition.directory)
+        except BaseException:
+            await self._dismantle(served)
+            raise
+        return served
+
+    async def retire(self, served: ServedVersion) -> None:
+        if served.scheduler is not None:
+            await served.scheduler.drain()
+        await self._dismantle(served)
+
+    async def set_instances(self, served: ServedVersion, config: ModelConfig) -> None:
+        """Changes instance groups in place: nothing is loaded anew, no request is lost."""
+        changed = ModelConfig()
+        changed.CopyFrom(served.config)
+        del changed.instance_group[:]
+        changed.instance_group.extend(config.instance_group)
+        changed = with_explicit_groups(changed, self._hosts.machine)
+        await served.hosted.set_instances(placements(changed, self._hosts.machine))
+        served.config = changed
+        served.scheduler.set_instances(served.hosted.instances)
+
+    def check_ensemble(self, config: ModelConfig) -> None:
+        """Raises InvalidArgument if its members are missing, or don't fit together."""
+        for step in config.ensemble_scheduling.step:
+            if step.model_version >= 0 and not self._registry.is_ready(step.model_name, str(step.model_version)):
+                raise InvalidArgument(
+                    f"ensemble '{config.name}' depends on '{step.model_name}' whose required version "
+                    f"{step.model_version} is not loaded."
+                )
+        check_ensemble(config, self._config_of)
+
+    # --- the steps of a build
+
+    async def _complete(self, context: LoadContext) -> ModelConfig:
+        """The config with what the artifact says filled in, checked as a whole."""
+        config = context.config
+        is_ensemble = config.HasField("ensemble_scheduling")
+        if not is_ensemble:
+            config = (
+                await self._hosts.complete_config(context)
+                if self._complete_configs
+                else with_explicit_groups(config, self._hosts.machine)
+            )
+        config = completion.at_load(config, context.version_directory)
+        validation.validate_tensors(config)
+        return config
+
+    def _describe(self, config: ModelConfig, version: int, labels: Mapping[str, Sequence[str]]) -> ServedVersion:
+        checks = RequestChecks(config)
+        is_ensemble = config.HasField("ensemble_scheduling")
+        return ServedVersion(
+            name=config.name,
+            version=version,
+            config=config,
+            inputs={spec.name: spec for spec in tensors.request_inputs(config)},
+            outputs={spec.name: spec for spec in tensors.request_outputs(config)},
+            labels=labels,
+            decoupled=(
+                check_ensemble(config, self._config_of)
+                if is_ensemble
+                else config.model_transaction_policy.decoupled
+            ),
+            checks=checks,
+            reshapes_outputs=checks.reshapes_outputs,
+            statistics=self._metrics.statistics_of(config, version),
+        )
+
+    def _attach(self, served: ServedVersion, hosted: HostedModel) -> None:
+        served.hosted = hosted
+        served.config = hosted.config
+        served.generative = hosted.generative is not None
+
+    async def _start(self, served: ServedVersion, directory: Path) -> None:
+        instances = served.hosted.instances if served.hosted is not None else ()
+        served.scheduler = build_scheduler(
+            served.config,
+            served.version,
+            instances,
+            served.statistics,
+            self._submit,
+            lookup=self._config_of,
+        )
+        await warm_up(served.config, directory, served.scheduler, served.checks)
+
+    async def _dismantle(self, served: ServedVersion) -> None:
+        if served.scheduler is not None:
+            served.scheduler.close()
+        if served.hosted is not None:
+            await served.hosted.close()
+        self._metrics.forget(served.statistics)
+
+    # --- what the host tells
+
+    def _note_health(self, served: ServedVersion, health: HostHealth) -> None:
+        served.healthy = health.state is HostState.READY
+        logger.log(
+            logging.INFO if served.healthy else logging.ERROR,
+            "model '%s' version %s is %s%s",
+            served.name,
+            served.version,
+            health.state.value,
+            f": {health.reason}" if health.reason else "",
+        )
+        if served.scheduler is not None and served.hosted is not None:
+            served.scheduler.set_instances(served.hosted.instances)
+        if health.state is HostState.FAILED and self._serves(served):
+            self._registry.set_state(served.name, served.version, VersionState.UNAVAILABLE, health.reason, served)
+
+    def _serves(self, served: ServedVersion) -> bool:
+        record = self._registry.models.get(served.name)
+        entry = record.versions.get(served.version) if record is not None else None
+        return entry is not None and entry.served is served
+
+    def _config_of(self, name: str, version: str) -> ModelConfig:
+        return self._registry.find(name, version).config
+
+
+def read_labels(config: ModelConfig, directory: Path) -> dict[str, list[str]]:
+    """The lines of each output's label file. Raises Internal for one that can't be read."""
+    labels: dict[str, list[str]] = {}
+    for output in config.output:
+        if not output.label_filename:
+            continue
+        path = directory / output.label_filename
+        try:
+            labels[output.name] = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise Internal(f"failed to open text file for read {path}: {error.strerror}") from error
+    return labels
