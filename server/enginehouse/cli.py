@@ -1,8 +1,37 @@
-"""The command line: `enginehouse serve|config|…`."""
+"""The command line: `enginehouse serve|config|…`. Parsing only; the work is elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
 
 import click
 
+from enginehouse import __version__
+
 
 @click.group()
+@click.version_option(__version__, prog_name="enginehouse")
 def main() -> None:
     """One server for every model that you have."""
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+def serve(flags: tuple[str, ...]) -> None:
+    """Serve model repositories. Takes Triton's flags; --help lists them."""
+    from enginehouse.options import HelpRequested, OptionError, parse_options
+
+    try:
+        options = parse_options(flags, os.environ)
+    except HelpRequested as request:
+        click.echo(str(request))
+        return
+    except OptionError as problem:
+        click.echo(str(problem), err=True)
+        sys.exit(1)
+    from enginehouse.app import run
+
+    sys.exit(run(options))

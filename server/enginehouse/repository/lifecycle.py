@@ -32,6 +32,10 @@ class ModelSource(Protocol):
         """Raises PollError for a model that can't be found or read."""
         ...
 
+    def forget_override(self, name: str) -> None:
+        """The next poll without an override reads the model's own config again."""
+        ...
+
 
 class VersionBuilder(Protocol):
     """Makes a version ready and takes it down again."""
@@ -178,6 +182,12 @@ class Lifecycle:
         tasks = [task for tasks in self._retiring.values() for task in tasks]
         if tasks:
             await asyncio.wait(tasks)
+
+    @property
+    def num_live(self) -> int:
+        """Versions that serve or are being taken down."""
+        retiring = sum(len(tasks) for tasks in self._retiring.values())
+        return retiring + sum(1 for _ in self.registry.all_ready())
 
     def list_on_demand(self, name: str) -> None:
         self.registry.record(name).on_demand = True
@@ -329,6 +339,7 @@ class Lifecycle:
     def _take_down(self, name: str) -> None:
         self._loaded.pop(name, None)
         self._failed.pop(name, None)
+        self._source.forget_override(name)
         for served in self.registry.ready_versions(name):
             self._retire_version(name, served)
         self._on_change(name)

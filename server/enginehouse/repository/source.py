@@ -30,13 +30,13 @@ class Repositories:
     """lifecycle.ModelSource over local folders; the first that holds a name wins nothing: names are unique."""
 
     def __init__(self, roots: Sequence[Path], *, variant: str = "") -> None:
-        self._roots = list(roots)
+        self.roots = list(roots)
         self._variant = variant
         self._overrides: dict[str, _KeptOverride] = {}
 
     def names(self) -> list[str]:
         found: set[str] = set()
-        for root in self._roots:
+        for root in self.roots:
             if not root.is_dir():
                 continue
             found.update(entry.name for entry in os.scandir(root) if _may_be_model(entry))
@@ -59,13 +59,20 @@ class Repositories:
             self._overrides.pop(name, None)
         return definition
 
+    def is_on_demand(self, name: str) -> bool:
+        """Whether the model's config leaves its loading to the first request. False if it can't be read."""
+        try:
+            return self.poll(name, None).on_demand
+        except PollError:
+            return False
+
     def forget_override(self, name: str) -> None:
         self._overrides.pop(name, None)
 
     def _directory_of(self, name: str) -> Path:
-        holders = [root / name for root in self._roots if (root / name).is_dir()]
+        holders = [root / name for root in self.roots if (root / name).is_dir()]
         if not holders:
-            looked = ", ".join(str(root) for root in self._roots)
+            looked = ", ".join(str(root) for root in self.roots)
             raise PollError(f"no folder '{name}' in {looked}")
         if len(holders) > 1:
             places = ", ".join(str(path) for path in holders)

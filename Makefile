@@ -1,0 +1,62 @@
+# Enginehouse: serve · test · lint · format · protos · bench · examples · …  (make help)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+REPOSITORY ?= model_repository
+FLAGS ?=
+# CPU builds are pinned only where there is no NVIDIA driver: any other torch pulls gigabytes of CUDA packages.
+CONSTRAINTS := $(if $(wildcard /dev/nvidia0 /proc/driver/nvidia/version),,-c constraints-cpu.txt)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+ONNX := $(if $(CONSTRAINTS),onnx,gpu)
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve examples test test-unit lint types contracts format protos clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(VENV)/installed: pyproject.toml constraints-cpu.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing Enginehouse and what the examples need into $(VENV) (the first time takes minutes)"
+	@$(PIP) --upgrade pip wheel
+	@if [ -n "$(CONSTRAINTS)" ]; then $(PIP) torch; fi
+	@$(PIP) -e '.[$(ONNX),torch,llm,examples]'
+	@touch $@
+
+$(VENV)/installed-tests: $(VENV)/installed
+	@echo "installing what the tests need"
+	@$(PIP) -e '.[test,dev,redis,s3]'
+	@touch $@
+
+install: $(VENV)/installed  ## make the virtual environment and install the server into it
+
+examples: install  ## build the example models
+	@$(BIN)/python model_repository/build.py
+
+serve: examples  ## build the examples and serve them (REPOSITORY=…, FLAGS=…)
+	$(BIN)/enginehouse serve --model-repository=$(REPOSITORY) $(FLAGS)
+
+test: $(VENV)/installed-tests examples  ## install what tests need and run them all
+	$(BIN)/python -m pytest -m "not peer and not gpu"
+
+test-unit: $(VENV)/installed-tests  ## the fast tests alone
+	$(BIN)/python -m pytest tests/unit tests/properties
+
+lint: $(VENV)/installed-tests  ## ruff
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed-tests  ## mypy, strict
+	$(BIN)/mypy
+
+contracts: $(VENV)/installed-tests  ## which layer may import which
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed-tests
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+protos: $(VENV)/installed-tests  ## regenerate the wire contract
+	$(BIN)/python protos/generate.py
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

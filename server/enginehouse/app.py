@@ -1,0 +1,190 @@
+"""Composition root: builds the parts, starts them, listens to signals, drains. No logic of its own.
+
+Front ends listen before models are loaded, so that a server that loads for minutes is live and says that it
+is not ready. On SIGTERM it says so first, goes on serving, then stops listening, then waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from enginehouse.core import Core
+from enginehouse.errors import EnginehouseError
+from enginehouse.execution.hosts import ModelHosts, host_options
+from enginehouse.frontends.serving import FrontEnd, front_ends
+from enginehouse.observe.logs import ServerLogging, escaping_wanted, log_settings
+from enginehouse.observe.metrics import Metrics
+from enginehouse.observe.tables import models_table
+from enginehouse.observe.tracing import TraceSettings
+from enginehouse.options import ModelControlMode, ServerOptions
+from enginehouse.repository.lifecycle import Lifecycle
+from enginehouse.repository.registry import Registry
+from enginehouse.repository.serving import Serving
+from enginehouse.repository.source import Repositories
+from enginehouse.repository.watching import follow
+
+logger = logging.getLogger("enginehouse.app")
+
+GIL_SWITCH_INTERVAL_S = 0.0005
+"""Other people's native backends hold the GIL: the loop gets it back this fast (IPC measurements)."""
+
+
+class StartFailed(Exception):
+    """The server can't start; the text is what follows "error: " on stderr."""
+
+
+class Server:
+    """The parts of one server, put together."""
+
+    def __init__(self, options: ServerOptions, logs: ServerLogging) -> None:
+        self.options = options
+        self.registry = Registry()
+        self.metrics = Metrics.of(options)
+        self.core = Core(
+            self.registry,
+            options=options,
+            tracing=TraceSettings.of(options),
+            logs=logs.settings,
+            metrics=self.metrics,
+        )
+        self.hosts = ModelHosts(self.core, host_options(options))
+        self.source = Repositories(
+            [Path(root) for root in options.model_repository], variant=options.model_config_name
+        )
+        self.serving = Serving(
+            self.registry,
+            self.hosts,
+            self.core.submit,
+            metrics=self.metrics,
+            complete_configs=options.complete_configs,
+        )
+        self.lifecycle = Lifecycle(
+            self.registry,
+            self.source,
+            self.serving,
+            num_parallel_loads=options.model_load_thread_count,
+            num_retries=options.model_load_retry_count,
+        )
+        self.core.lifecycle = self.lifecycle
+        self.core.source = self.source
+        self.metrics.watch(self.registry, self.hosts)
+        self._front_ends: Sequence[FrontEnd] = ()
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Raises StartFailed; then nothing is left running."""
+        self._front_ends = front_ends(self.core, self.options)
+        for front_end in self._front_ends:
+            await _started(front_end)
+        problems = await self._load_models()
+        if problems:
+            for name, problem in problems.items():
+                logger.error("%s: %s", name, problem)
+            if self.options.exit_on_error:
+                raise StartFailed("creating server: Internal - failed to load all models")
+        self.core.started = True
+        index = self.core.index()
+        rows = [(entry.name, entry.version, entry.state, entry.reason) for entry in index]
+        logger.info("\n%s", models_table(rows))
+        if self.options.model_control_mode is ModelControlMode.POLL:
+            self._watcher = asyncio.create_task(
+                follow(
+                    self.source.roots,
+                    self.lifecycle,
+                    settle_s=self.options.repository_settle_ms / 1000,
+                    poll_s=self.options.repository_poll_secs,
+                ),
+                name="watch repositories",
+            )
+
+    async def stop(self) -> None:
+        """Not ready first; then what was accepted is answered; then everything is given back."""
+        self.core.draining = True
+        if self.options.drain_delay_secs:
+            await asyncio.sleep(self.options.drain_delay_secs)
+        if self._watcher is not None:
+            self._watcher.cancel()
+        logger.info("Waiting for in-flight requests to complete.")
+        grace_s = float(self.options.exit_timeout_secs)
+        await asyncio.gather(*(front_end.stop(grace_s) for front_end in self._front_ends))
+        try:
+            await asyncio.wait_for(self._take_down(), grace_s)
+        except TimeoutError:
+            logger.error("Exit timeout expired. Exiting immediately.")
+        await self.hosts.close()
+
+    async def _take_down(self) -> None:
+        closing = asyncio.ensure_future(self.lifecycle.close())
+        remaining_s = self.options.exit_timeout_secs
+        while True:
+            live = self.lifecycle.num_live
+            logger.info("Timeout %s: Found %s live models and 0 in-flight non-inference requests", remaining_s, live)
+            done, _ = await asyncio.wait([closing], timeout=1.0)
+            remaining_s -= 1
+            if done:
+                return
+
+    async def _load_models(self) -> dict[str, str]:
+        names = await asyncio.to_thread(self.source.names)
+        wanted = self._names_at_start(names)
+        lazy = [name for name in wanted if self.source.is_on_demand(name)]
+        for name in lazy:
+            self.lifecycle.list_on_demand(name)
+        return await self.lifecycle.load_all([name for name in wanted if name not in set(lazy)])
+
+    def _names_at_start(self, names: Sequence[str]) -> list[str]:
+        if self.options.model_control_mode is not ModelControlMode.EXPLICIT:
+            return list(names)
+        if "*" in self.options.load_model:
+            return list(names)
+        return list(self.options.load_model)
+
+
+async def _started(front_end: FrontEnd) -> None:
+    try:
+        await front_end.start()
+    except EnginehouseError as error:
+        raise StartFailed(error.message) from error
+
+
+async def _serve(options: ServerOptions, logs: ServerLogging) -> int:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    server = Server(options, logs)
+    starting = asyncio.ensure_future(server.start())
+    told = asyncio.ensure_future(stopping.wait())
+    await asyncio.wait([starting, told], return_when=asyncio.FIRST_COMPLETED)
+    status = 0
+    if starting.done() and (problem := starting.exception()) is not None:
+        if not isinstance(problem, StartFailed):
+            raise problem
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        status = 1
+    else:
+        await told
+        starting.cancel()
+    await server.stop()
+    return status
+
+
+def run(options: ServerOptions) -> int:
+    """Serves until SIGTERM or SIGINT. Gives back the exit status."""
+    import uvloop
+
+    sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
+    for line in options.warnings:
+        print(line, file=sys.stderr)
+    missing = [root for root in options.model_repository if "://" not in root and not Path(root).is_dir()]
+    if missing:
+        print(f"error: creating server: Internal - failed to stat file {missing[0]}", file=sys.stderr)
+        return 1
+    with ServerLogging(log_settings(options, escape=escaping_wanted(os.environ))) as logs:
+        return uvloop.run(_serve(options, logs))
