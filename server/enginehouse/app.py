@@ -124,7 +124,9 @@ class Server:
         remaining_s = self.options.exit_timeout_secs
         while True:
             live = self.lifecycle.num_live
-            logger.info("Timeout %s: Found %s live models and 0 in-flight non-inference requests", remaining_s, live)
+            logger.info(
+                "Timeout %s: Found %s live models and 0 in-flight non-inference requests", remaining_s, live
+            )
             done, _ = await asyncio.wait([closing], timeout=1.0)
             remaining_s -= 1
             if done:

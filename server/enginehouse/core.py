@@ -202,7 +202,9 @@ class Core:
                 if problem is not None:
                     raise problem
                 if request.cancelled:
-                    raise Unavailable("request was cancelled while its model was loading", reason=FailureReason.CANCELED)
+                    raise Unavailable(
+                        "request was cancelled while its model was loading", reason=FailureReason.CANCELED
+                    )
                 self._submit_to(self.registry.find(name, request.model_version), request)
             except EnginehouseError as error:
                 request.sink(InferResponse(error=error, model_name=name, id=request.id))

@@ -86,8 +86,8 @@ def plan_load(definition: ModelDefinition, current: _Loaded | None, ready: Itera
             if version not in ready or current.versions.get(version) != definition.fingerprints[version]
         ]
         return LoadPlan(changed, gone)
-    all_ready = ready == set(definition.versions)
-    if same_place and same_files and all_ready and _differs_in_counts_only(current.definition.config, definition.config):
+    unchanged = same_place and same_files and ready == set(definition.versions)
+    if unchanged and _differs_in_counts_only(current.definition.config, definition.config):
         return LoadPlan((), (), resize=True)
     return LoadPlan(list(definition.versions), gone)
 
@@ -288,7 +288,9 @@ class Lifecycle:
         )
         built = [result for result in results if isinstance(result, ServedVersion)]
         problems = {
-            version: result for version, result in zip(versions, results, strict=True) if isinstance(result, BaseException)
+            version: result
+            for version, result in zip(versions, results, strict=True)
+            if isinstance(result, BaseException)
         }
         if problems:
             await asyncio.gather(*(self._builder.retire(served) for served in built))

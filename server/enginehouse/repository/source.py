@@ -27,7 +27,7 @@ class _KeptOverride:
 
 
 class Repositories:
-    """lifecycle.ModelSource over local folders; the first that holds a name wins nothing: names are unique."""
+    """lifecycle.ModelSource over local folders. A name may be in one of them only."""
 
     def __init__(self, roots: Sequence[Path], *, variant: str = "") -> None:
         self.roots = list(roots)
@@ -47,6 +47,7 @@ class Repositories:
             return self._poll_files(name, override)
         directory = self._directory_of(name)
         fingerprint = _fingerprint(_all_files(directory))
+        content: str | None
         if override is not None and override.config is not None:
             content = override.config
         else:
