@@ -220,6 +220,9 @@ class ServerOptions:
     metrics_address: str = _metrics("", text, "Address to listen on; that of HTTP if not given.")
     metrics_port: int = _metrics(8002, port, "Port to listen on.")
     metrics_interval_ms: float = _metrics(2000.0, number, "GPU and CPU are read at most so often.")
+    response_statistics: bool = _metrics(
+        False, boolean, "Count the answers of decoupled requests by index in the statistics."
+    )
     metrics_config: tuple[Setting, ...] = _metrics(
         (),
         option_values.setting("metrics-config", "metrics", scoped=False),
