@@ -443,12 +443,12 @@ class ModelServing(Message):
         def buckets(self) -> RepeatedScalarFieldContainer[int]: ...
         multiple_of: int
         value: float
-        text_value: bytes
+        text_value: str
         pad_left: bool
         mask_input: str
         length_input: str
         max_waste: float
-        def __init__(self, *, input: str | None = ..., axis: int | None = ..., buckets: Iterable[int] | None = ..., multiple_of: int | None = ..., value: float | None = ..., text_value: bytes | None = ..., pad_left: bool | None = ..., mask_input: str | None = ..., length_input: str | None = ..., max_waste: float | None = ...) -> None: ...
+        def __init__(self, *, input: str | None = ..., axis: int | None = ..., buckets: Iterable[int] | None = ..., multiple_of: int | None = ..., value: float | None = ..., text_value: str | None = ..., pad_left: bool | None = ..., mask_input: str | None = ..., length_input: str | None = ..., max_waste: float | None = ...) -> None: ...
 
     class Unpadding(Message):
         output: str
