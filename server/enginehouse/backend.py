@@ -113,12 +113,19 @@ class TensorInstance(Instance):
 class RequestInstance(Instance):
     """Runs lists of requests and answers each through `request.sink`, now or later, from any thread."""
 
+    polls_for_cancellation: ClassVar[bool] = False
+    """True if it calls `Services.poll` before it looks at `request.cancelled`; then no thread need do so."""
+
     @abstractmethod
     def execute(self, requests: Sequence[InferRequest]) -> None:
         """Returning frees the instance for its next batch; answers that are still owed may follow.
 
         Raising fails every request that has not had its final answer.
         """
+
+    def is_ready(self) -> bool:
+        """The model's own word on its readiness, asked between batches."""
+        return True
 
 
 class GenerativeInstance(Instance):
@@ -159,6 +166,8 @@ class Backend(ABC):
     name: ClassVar[str]
     default_filename: ClassVar[str] = ""
     """The artifact inside a version folder when the config names none."""
+    process_per_instance: ClassVar[bool] = False
+    """In a process host each instance gets a process of its own."""
 
     def host_kind(self, config: ModelConfig) -> HostKind:
         return HostKind.THREAD

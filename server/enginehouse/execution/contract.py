@@ -148,7 +148,10 @@ class Hosts(Protocol):
         ...
 
     async def load(self, context: LoadContext, on_health: Callable[[HostHealth], None]) -> HostedModel:
-        """Raises an EnginehouseError with the backend's reason; then nothing is left behind."""
+        """Raises an EnginehouseError with the backend's reason; then nothing is left behind.
+
+        `on_health` is called whenever the state or the availability of some instance has changed.
+        """
         ...
 
     async def close(self) -> None: ...

@@ -5,18 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from enginehouse.backend import Backend, HostKind, LoadContext, MemoryNeeds, Placement
 from enginehouse.config.schema import ModelConfig, ModelServing
+from enginehouse.execution import messages as m
 from enginehouse.execution.backends import BACKEND_MODEL_OPTION, BackendSource, find_backend
 from enginehouse.execution.contract import HostedModel, HostHealth, MemoryEntry, ServerServices
 from enginehouse.execution.devices import CpuRuntime, DeviceRuntime
 from enginehouse.execution.ledger import Ledger
 from enginehouse.execution.mailbox import Mailbox
 from enginehouse.execution.placement import Machine, placements, with_explicit_groups
+from enginehouse.execution.process_host import HostProcess
+from enginehouse.execution.process_model import ProcessHostedModel
+from enginehouse.execution.process_services import ServiceDesk
 from enginehouse.execution.running import as_error
 from enginehouse.execution.services import LoopServices
+from enginehouse.execution.slab import MIN_SEGMENT_BYTES
+from enginehouse.execution.spawning import Launch
+from enginehouse.execution.supervision import SupervisionPolicy
 from enginehouse.execution.thread_host import ThreadHostedModel, load_in_threads
 
 
@@ -29,6 +37,8 @@ class HostOptions:
     """Run KIND_GPU groups on the CPU where there is no GPU, instead of refusing the model."""
     memory_limits: Mapping[str, int] = field(default_factory=dict)
     """Bytes by device ("cpu", "cuda:0", …) that models may use; without one, all of it."""
+    supervision: SupervisionPolicy = field(default_factory=SupervisionPolicy)
+    """What holds for a model whose config says nothing else."""
 
 
 class ModelHosts:
@@ -52,6 +62,7 @@ class ModelHosts:
         )
         self._backends: dict[str, Backend] = {}
         self._mailbox: Mailbox | None = None
+        self._desk: ServiceDesk | None = None
         self._loaded: list[HostedModel] = []
 
     async def complete_config(self, context: LoadContext) -> ModelConfig:
@@ -73,7 +84,7 @@ class ModelHosts:
         wanted = placements(config, self.machine)
         self.ledger.book(self._needs(backend, context, wanted))
         try:
-            hosted = await self._load_into_host(backend, context, wanted)
+            hosted = await self._load_into_host(source, backend, context, wanted, on_health)
         except BaseException:
             self.ledger.release(context.name, context.version)
             raise
@@ -84,17 +95,57 @@ class ModelHosts:
             await hosted.close()
 
     async def _load_into_host(
-        self, backend: Backend, context: LoadContext, wanted: Sequence[Placement]
+        self,
+        source: BackendSource,
+        backend: Backend,
+        context: LoadContext,
+        wanted: Sequence[Placement],
+        on_health: Callable[[HostHealth], None],
     ) -> HostedModel:
-        context = replace(context, services=self._services_for(context))
-        hosted = await load_in_threads(backend, context, wanted, self._results())
-        hosted.on_closed = lambda: self._forget(hosted)
+        hosted: ThreadHostedModel | ProcessHostedModel
+        if wanted_host(context.config, backend) is HostKind.THREAD:
+            context = replace(context, services=self._services_for(context))
+            hosted = await load_in_threads(backend, context, wanted, self._results())
+        else:
+            hosted = self._in_processes(source, backend, context, len(wanted), on_health)
+            await hosted.start(wanted)
+        hosted.on_closed = partial(self._forget, hosted, context.name, context.version)
         self._loaded.append(hosted)
         return hosted
 
-    def _forget(self, hosted: ThreadHostedModel) -> None:
+    def _in_processes(
+        self,
+        source: BackendSource,
+        backend: Backend,
+        context: LoadContext,
+        num_instances: int,
+        on_health: Callable[[HostHealth], None],
+    ) -> ProcessHostedModel:
+        apart = backend.process_per_instance
+        policy = SupervisionPolicy.of_config(context.config, self.options.supervision)
+
+        def make_process(what: str) -> HostProcess:
+            name = (
+                f"the process of model '{context.name}' (instance '{what}')"
+                if apart
+                else f"the process of model '{context.name}'"
+            )
+            return HostProcess(
+                name, Launch(), self._service_desk(), apart or num_instances == 1, MIN_SEGMENT_BYTES
+            )
+
+        return ProcessHostedModel(
+            context, model_source(source, context), policy, make_process, apart, on_health
+        )
+
+    def _forget(self, hosted: HostedModel, name: str, version: int) -> None:
         self._loaded.remove(hosted)
-        self.ledger.release(hosted.name, int(hosted.version))
+        self.ledger.release(name, version)
+
+    def _service_desk(self) -> ServiceDesk:
+        if self._desk is None:
+            self._desk = ServiceDesk(self.services)
+        return self._desk
 
     def _needs(
         self, backend: Backend, context: LoadContext, wanted: Sequence[Placement]
@@ -136,6 +187,18 @@ class ModelHosts:
         return replace(
             context, backend_options={**context.backend_options, BACKEND_MODEL_OPTION: source.model_file}
         )
+
+
+def model_source(source: BackendSource, context: LoadContext) -> m.ModelSource:
+    """What a worker is told to load."""
+    return m.ModelSource(
+        source.name,
+        source.target,
+        context.config.SerializeToString(),
+        context.version,
+        str(context.model_directory),
+        dict(context.backend_options),
+    )
 
 
 def declared_memory(config: ModelConfig) -> MemoryNeeds | None:

@@ -1,0 +1,328 @@
+"""Models in processes of their own: started, supervised, restarted, and gone with every byte when unloaded.
+
+A HostProcess carries one or more tenants (a model with some of its instances). When it ends by itself the
+models that were running are counted as crashed; it is started again after a back-off, or they give up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from enginehouse.backend import Placement
+from enginehouse.errors import EnginehouseError, FailureReason, Unavailable
+from enginehouse.execution import messages as m
+from enginehouse.execution.contract import Batch
+from enginehouse.execution.process import WorkerBatch, WorkerProcess
+from enginehouse.execution.process_services import ServiceDesk
+from enginehouse.execution.running import as_error
+from enginehouse.execution.spawning import Launch
+from enginehouse.types import GenerateRequest, InferRequest, MetricFamily, TokenEvent
+
+if TYPE_CHECKING:
+    from enginehouse.execution.process_model import ProcessHostedModel
+
+STOP_GRACE_S = 2.0
+
+
+class ProcessInstance:
+    """An InstanceHandle over an instance in a worker; outlives the workers that it lives in."""
+
+    num_slots = 1
+
+    def __init__(self, model: ProcessHostedModel, placement: Placement) -> None:
+        self.name = placement.name
+        self.device = placement.device
+        self.group = placement.group
+        self.placement = placement
+        self.model = model
+        self.worker: WorkerProcess | None = None
+        self.instance_id = 0
+        self.kind = ""
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._running: set[WorkerBatch] = set()
+
+    @property
+    def available(self) -> bool:
+        return self.worker is not None and self.worker.alive
+
+    def execute(self, batch: Batch) -> None:
+        model = self.model
+        running = WorkerBatch(
+            batch,
+            model.name,
+            model.version_text,
+            model.joiner,
+            self.instance_id,
+            self.kind == "tensors",
+            self._on_finished,
+        )
+        self._running.add(running)
+        self.idle.clear()
+        if self.worker is None or not self.worker.alive:
+            error = Unavailable(f"instance '{self.name}' is not running", reason=FailureReason.BACKEND)
+            asyncio.get_running_loop().call_soon(running.fail, error)
+            return
+        try:
+            self.worker.execute(running)
+        except Exception as problem:  # requests that can't be joined
+            self.worker.batches.pop(running.batch_id, None)
+            asyncio.get_running_loop().call_soon(running.fail, as_error(problem))
+
+    def cancel(self, request: InferRequest) -> None:
+        for running in self._running:
+            index = running.index_of(request)
+            if index is not None and self.worker is not None:
+                self.worker.cancel(running, index)
+                return
+
+    def _on_finished(self, running: WorkerBatch) -> None:
+        self._running.discard(running)
+        if not self._running:
+            self.idle.set()
+
+
+class ProcessGenerative:
+    """A GenerativeHandle over an engine in a worker."""
+
+    def __init__(self, instance: ProcessInstance) -> None:
+        self._instance = instance
+        self._emit_by_request: dict[str, Callable[[TokenEvent], None]] = {}
+
+    def submit(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None:
+        worker = self._instance.worker
+        if worker is None or not worker.alive:
+            raise Unavailable(f"the engine of model '{self._instance.model.name}' is not running")
+        self._emit_by_request[request.id] = emit
+        worker.channel.send(m.Generate(self._instance.instance_id, request))
+
+    def cancel(self, request_id: str) -> None:
+        if self._instance.worker is not None and request_id in self._emit_by_request:
+            self._instance.worker.channel.send(m.CancelGenerate(self._instance.instance_id, request_id))
+
+    async def metrics(self) -> Sequence[MetricFamily]:
+        worker = self._instance.worker
+        if worker is None or not worker.alive:
+            return ()
+        values = await worker.call(partial(_engine_metrics, self._instance.instance_id), 5.0)
+        return [MetricFamily(**value) for value in values]
+
+    def on_events(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            emit = self._emit_by_request.get(event.request_id)
+            if emit is None:
+                continue
+            if event.finish_reason is not None or event.error is not None:
+                del self._emit_by_request[event.request_id]
+            emit(event)
+
+    def on_refused(self, request_id: str, error: EnginehouseError) -> None:
+        self.on_events([TokenEvent(request_id, error=error)])
+
+    def fail_all(self, reason: str) -> None:
+        for request_id in list(self._emit_by_request):
+            self.on_refused(request_id, Unavailable(reason, reason=FailureReason.BACKEND))
+
+
+def _engine_metrics(instance_id: int, call_id: int) -> m.EngineMetrics:
+    return m.EngineMetrics(call_id, instance_id)
+
+
+@dataclass(eq=False)
+class Tenant:
+    """A model with some of its instances, in one HostProcess."""
+
+    model: ProcessHostedModel
+    instances: list[ProcessInstance]
+    model_id: int = 0
+
+
+class HostProcess:
+    """One supervised worker process."""
+
+    def __init__(
+        self,
+        name: str,
+        launch: Launch,
+        desk: ServiceDesk,
+        solo: bool,
+        first_bytes: int,
+        worker: WorkerProcess | None = None,
+    ) -> None:
+        """`worker`: one that runs already, started with this launch."""
+        self.name = name
+        self.tenants: list[Tenant] = []
+        self.worker = worker
+        if worker is not None:
+            worker.what, worker.on_service, worker.on_end = name, self._on_service, self._on_end
+        self._launch = launch
+        self._desk = desk
+        self._solo = solo
+        self._first_bytes = first_bytes
+        self._closing = False
+        self._restarting: asyncio.Task[None] | None = None
+        self.stopped_since_s: float | None = None
+
+    # --- its tenants
+
+    async def attach(self, tenant: Tenant) -> None:
+        """Loads the tenant, starting the process if it doesn't run. Raises what loading raises."""
+        worker = self._running_worker()
+        self.tenants.append(tenant)
+        try:
+            await self._load(worker, tenant)
+        except BaseException:
+            self.tenants.remove(tenant)
+            if not self.tenants:
+                await self.close()
+            raise
+
+    async def detach(self, tenant: Tenant) -> None:
+        """Unloads the tenant; the process ends with its last one."""
+        if tenant in self.tenants:
+            self.tenants.remove(tenant)
+        if not self.tenants:
+            await self._unload_quietly(tenant)
+            await self.close()
+        else:
+            await self._unload_quietly(tenant)
+
+    async def add_instances(self, tenant: Tenant, instances: Sequence[ProcessInstance]) -> None:
+        worker = self._running_worker()
+        for instance in instances:
+            await self._create(worker, tenant, instance)
+            tenant.instances.append(instance)
+
+    async def remove_instance(self, tenant: Tenant, instance: ProcessInstance) -> None:
+        tenant.instances.remove(instance)
+        await instance.idle.wait()
+        worker = instance.worker
+        instance.worker = None
+        if worker is not None and worker.alive:
+            await worker.call(lambda call_id: m.Close(call_id, instance.instance_id))
+
+    def _running_worker(self) -> WorkerProcess:
+        if self.worker is None or not self.worker.alive:
+            mode = "solo" if self._solo else "shared"
+            self.worker = WorkerProcess(
+                self._launch, [mode], self.name, self._on_service, self._on_end, self._first_bytes
+            )
+        return self.worker
+
+    async def _load(self, worker: WorkerProcess, tenant: Tenant) -> None:
+        model = tenant.model
+        tenant.model_id = worker.new_id()
+        await worker.call(
+            lambda call_id: m.Load(call_id, tenant.model_id, model.source), model.policy.start_timeout_s
+        )
+        for instance in tenant.instances:
+            await self._create(worker, tenant, instance)
+
+    async def _create(self, worker: WorkerProcess, tenant: Tenant, instance: ProcessInstance) -> None:
+        instance.instance_id = worker.new_id()
+        generative = tenant.model.generative_of(instance)
+        worker.engine_events[instance.instance_id] = generative.on_events
+        slot = worker.take_slot()
+        placement = instance.placement
+        instance.kind = await worker.call(
+            lambda call_id: m.Create(
+                call_id,
+                tenant.model_id,
+                instance.instance_id,
+                slot,
+                placement.name,
+                placement.device,
+                placement.group,
+            ),
+            tenant.model.policy.start_timeout_s,
+        )
+        if instance.kind == "generative":
+            tenant.model.generative = generative
+        instance.worker = worker
+
+    async def _unload_quietly(self, tenant: Tenant) -> None:
+        worker = self.worker
+        if worker is None or not worker.alive:
+            return
+        try:
+            for instance in tenant.instances:
+                if instance.worker is worker:
+                    await worker.call(partial(_close, instance.instance_id), STOP_GRACE_S)
+            await worker.call(lambda call_id: m.Unload(call_id, tenant.model_id), STOP_GRACE_S)
+        except EnginehouseError:
+            worker.kill("did not unload a model in time")
+
+    def abandon(self, tenant: Tenant) -> None:
+        """The tenant has given up: it won't be restarted. The process goes if nobody else is in it."""
+        if tenant in self.tenants:
+            self.tenants.remove(tenant)
+        if not self.tenants:
+            self._closing = True
+            if self.worker is not None:
+                self.worker.kill("was ended because its model had given up")
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._restarting is not None:
+            self._restarting.cancel()
+        if self.worker is not None:
+            await self.worker.stop(STOP_GRACE_S)
+
+    # --- what the worker says, and its end
+
+    def _on_service(self, worker: WorkerProcess, message: Any) -> None:
+        if isinstance(message, m.Refused):
+            for tenant in self.tenants:
+                for instance in tenant.instances:
+                    if instance.instance_id == message.instance_id and tenant.model.generative is not None:
+                        tenant.model.generative.on_refused(message.request_id, message.error.error())
+            return
+        for tenant in self.tenants:
+            if tenant.model_id == getattr(message, "model_id", tenant.model_id):
+                self._desk.handle(worker, message, tenant.model.name, tenant.model.version)
+                return
+
+    def _on_end(self, worker: WorkerProcess, how: str) -> None:
+        self._desk.forget(worker)
+        if self._closing or worker is not self.worker:
+            return
+        loaded = [t for t in self.tenants if any(i.worker is worker for i in t.instances)]
+        busy = worker.busy_at_end
+        suspects = [t for t in loaded if any(i.instance_id in busy for i in t.instances)] or loaded
+        delay_s = 0.0
+        for tenant in loaded:
+            for instance in tenant.instances:
+                instance.worker = None
+            if tenant.model.generative is not None:
+                tenant.model.generative.fail_all(f"{self.name} {how}")
+            verdict_s = tenant.model.on_crash(how) if tenant in suspects else 0.0
+            if verdict_s is not None:
+                delay_s = max(delay_s, verdict_s)
+        if self.tenants and loaded:
+            self._restarting = asyncio.get_running_loop().create_task(self._restart(delay_s))
+
+    async def _restart(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        try:
+            worker = self._running_worker()
+        except OSError as problem:
+            for tenant in self.tenants:
+                tenant.model.give_up(f"its process can't be started again: {problem}")
+            return
+        try:
+            for tenant in self.tenants:
+                await self._load(worker, tenant)
+                tenant.model.on_restarted()
+        except EnginehouseError as problem:
+            for tenant in self.tenants:  # so that its end finds whom to count it against
+                for instance in tenant.instances:
+                    instance.worker = instance.worker or worker
+            worker.kill(f"could not load its model again: {problem}")
+
+
+def _close(instance_id: int, call_id: int) -> m.Close:
+    return m.Close(call_id, instance_id)

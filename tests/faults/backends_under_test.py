@@ -1,0 +1,100 @@
+"""Backends that misbehave on request; loaded by name into worker processes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from enginehouse.backend import (
+    Backend,
+    Instance,
+    LoadContext,
+    Model,
+    Placement,
+    RequestInstance,
+    TensorInstance,
+)
+from enginehouse.errors import InvalidArgument
+from enginehouse.types import InferRequest, InferResponse, Tensor
+
+
+def misbehave(how: int) -> None:
+    """X[0]: what to do. Positive numbers are fine."""
+    if how == -1:
+        raise InvalidArgument("told to fail")
+    if how == -2:
+        ctypes.string_at(0)
+    if how == -3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == -4:
+        time.sleep(1000)
+    if how == -5:
+        os._exit(3)
+    if how == -6:
+        hog = []
+        while True:
+            hog.append(np.ones(1 << 22, np.uint8))
+            time.sleep(0.001)
+
+
+class Doubling(TensorInstance):
+    def __init__(self) -> None:
+        self.kept: Tensor | None = None
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> Mapping[str, Tensor]:
+        values = inputs["X"].numpy()
+        misbehave(int(values.reshape(-1)[0]))
+        if values.reshape(-1)[0] == 1000:
+            self.kept = inputs["X"]
+        if values.reshape(-1)[0] == 1001 and self.kept is not None:
+            values = self.kept.numpy()
+        return {"Y": Tensor.from_numpy("Y", values * 2), "PID": pid_tensor(len(values))}
+
+
+class Answering(RequestInstance):
+    polls_for_cancellation = False
+
+    def execute(self, requests: Sequence[InferRequest]) -> None:
+        for request in requests:
+            values = request.inputs["X"].numpy()
+            misbehave(int(values.reshape(-1)[0]))
+            assert request.sink is not None
+            while values.reshape(-1)[0] == 77 and not request.cancelled:
+                time.sleep(0.01)
+            request.sink(InferResponse([Tensor.from_numpy("Y", values * 2), pid_tensor(len(values))]))
+
+
+def pid_tensor(rows: int) -> Tensor:
+    return Tensor.from_numpy("PID", np.full((rows, 1), os.getpid(), np.int32))
+
+
+class _Model(Model):
+    def __init__(self, instance: type[Instance]) -> None:
+        self.instance = instance
+
+    def create_instance(self, placement: Placement) -> Instance:
+        if placement.name.endswith("_13"):
+            raise InvalidArgument("unlucky instance")
+        return self.instance()
+
+
+class TensorsBackend(Backend):
+    name = "tensors"
+
+    def load(self, context: LoadContext) -> Model:
+        if context.parameter("die_in_load"):
+            os._exit(7)
+        return _Model(Doubling)
+
+
+class RequestsBackend(Backend):
+    name = "requests"
+    process_per_instance = True
+
+    def load(self, context: LoadContext) -> Model:
+        return _Model(Answering)
