@@ -59,8 +59,7 @@ def find_backend(name: str, directories: Sequence[Path] = ()) -> BackendSource:
             return BackendSource(name, installed["python"], str(model_file))
     if name not in installed:
         raise InvalidArgument(
-            f"unable to find backend library for backend '{name}', try specifying runtime on the model "
-            f"configuration."
+            f"unable to find backend library for backend '{name}', try specifying runtime on the model configuration."
         )
     return BackendSource(name, installed[name])
 

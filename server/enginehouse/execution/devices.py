@@ -53,9 +53,7 @@ class CpuRuntime:
         return int(memory.total - memory.available)
 
     def used_bytes_by_process(self, device: str) -> Mapping[int, int]:
-        return {
-            process.pid: process.info["memory_info"].rss for process in psutil.process_iter(["memory_info"])
-        }
+        return {process.pid: process.info["memory_info"].rss for process in psutil.process_iter(["memory_info"])}
 
     def child_environment(self, device: str) -> Mapping[str, str]:
         return {}

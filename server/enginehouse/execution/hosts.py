@@ -57,9 +57,7 @@ class ModelHosts:
         self.machine = Machine(
             [device.name for device in devices if device.name != "cpu"], self.options.cpu_for_missing_gpu
         )
-        self.ledger = Ledger(
-            {device.name: device.total_bytes for device in devices}, self.options.memory_limits
-        )
+        self.ledger = Ledger({device.name: device.total_bytes for device in devices}, self.options.memory_limits)
         self._backends: dict[str, Backend] = {}
         self._mailbox: Mailbox | None = None
         self._desk: ServiceDesk | None = None
@@ -130,13 +128,9 @@ class ModelHosts:
                 if apart
                 else f"the process of model '{context.name}'"
             )
-            return HostProcess(
-                name, Launch(), self._service_desk(), apart or num_instances == 1, MIN_SEGMENT_BYTES
-            )
+            return HostProcess(name, Launch(), self._service_desk(), apart or num_instances == 1, MIN_SEGMENT_BYTES)
 
-        return ProcessHostedModel(
-            context, model_source(source, context), policy, make_process, apart, on_health
-        )
+        return ProcessHostedModel(context, model_source(source, context), policy, make_process, apart, on_health)
 
     def _forget(self, hosted: HostedModel, name: str, version: int) -> None:
         self._loaded.remove(hosted)
@@ -147,9 +141,7 @@ class ModelHosts:
             self._desk = ServiceDesk(self.services)
         return self._desk
 
-    def _needs(
-        self, backend: Backend, context: LoadContext, wanted: Sequence[Placement]
-    ) -> list[MemoryEntry]:
+    def _needs(self, backend: Backend, context: LoadContext, wanted: Sequence[Placement]) -> list[MemoryEntry]:
         needs = declared_memory(context.config) or backend.memory_needs(context)
         entries: list[MemoryEntry] = []
         by_device: dict[str, int] = {}
@@ -184,9 +176,7 @@ class ModelHosts:
     def _with_backend_options(context: LoadContext, source: BackendSource) -> LoadContext:
         if not source.model_file:
             return context
-        return replace(
-            context, backend_options={**context.backend_options, BACKEND_MODEL_OPTION: source.model_file}
-        )
+        return replace(context, backend_options={**context.backend_options, BACKEND_MODEL_OPTION: source.model_file})
 
 
 def model_source(source: BackendSource, context: LoadContext) -> m.ModelSource:

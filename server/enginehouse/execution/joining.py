@@ -108,16 +108,8 @@ class Joiner:
         return cls(
             config.max_batch_size > 0,
             [output.name for output in config.output],
-            {
-                t.name: Reshape(tuple(t.dims), tuple(t.reshape.shape))
-                for t in config.input
-                if t.HasField("reshape")
-            },
-            {
-                t.name: Reshape(tuple(t.dims), tuple(t.reshape.shape))
-                for t in config.output
-                if t.HasField("reshape")
-            },
+            {t.name: Reshape(tuple(t.dims), tuple(t.reshape.shape)) for t in config.input if t.HasField("reshape")},
+            {t.name: Reshape(tuple(t.dims), tuple(t.reshape.shape)) for t in config.output if t.HasField("reshape")},
         )
 
     # --- inputs

@@ -65,9 +65,7 @@ class Ledger:
         for entry in self._entries:
             if entry.device == device:
                 booked[entry.model] = booked.get(entry.model, 0) + entry.num_bytes
-        holders = ", ".join(
-            f"{name} {gib(count)}" for name, count in sorted(booked.items(), key=lambda x: -x[1])[:5]
-        )
+        holders = ", ".join(f"{name} {gib(count)}" for name, count in sorted(booked.items(), key=lambda x: -x[1])[:5])
         return (
             f"model '{model}' needs {gib(needed)} on {device}, {gib(max(self.free_bytes(device), 0))} of "
             f"{gib(self._limits.get(device, 0))} are free" + (f" (held by {holders})" if holders else "")

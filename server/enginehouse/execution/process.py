@@ -185,9 +185,7 @@ class WorkerProcess:
             tensors, offset = write_tensors(running.joiner.model_inputs(request).values(), memory, offset)
             refs.append(request_ref(request, tensors))
         freed = self.incoming.take_released()
-        self.channel.send(
-            m.Execute(running.batch_id, running.instance_id, block, memory.nbytes, [], [], refs, freed)
-        )
+        self.channel.send(m.Execute(running.batch_id, running.instance_id, block, memory.nbytes, [], [], refs, freed))
 
     def cancel(self, running: WorkerBatch, index: int) -> None:
         self.channel.send(m.Cancel(running.batch_id, index))

@@ -216,9 +216,7 @@ class HostProcess:
     async def _load(self, worker: WorkerProcess, tenant: Tenant) -> None:
         model = tenant.model
         tenant.model_id = worker.new_id()
-        await worker.call(
-            lambda call_id: m.Load(call_id, tenant.model_id, model.source), model.policy.start_timeout_s
-        )
+        await worker.call(lambda call_id: m.Load(call_id, tenant.model_id, model.source), model.policy.start_timeout_s)
         for instance in tenant.instances:
             await self._create(worker, tenant, instance)
 

@@ -66,11 +66,11 @@ class ProcessHostedModel:
             shares: list[list[Placement]] = [[placement] for placement in placements]
         else:
             shares = [list(placements)]
-        try:
-            await asyncio.gather(*(self._add_tenant(share) for share in shares))
-        except BaseException:
-            await self._detach_all()
-            raise
+        started = await asyncio.gather(*(self._add_tenant(s) for s in shares), return_exceptions=True)
+        for problem in started:
+            if problem is not None:
+                await self._detach_all()
+                raise problem
         order = {placement.name: place for place, placement in enumerate(placements)}
         self.tenants.sort(key=lambda entry: order[entry[1].instances[0].name])
 

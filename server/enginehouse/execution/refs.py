@@ -17,9 +17,7 @@ def tensors_bytes(tensors: Iterable[Tensor]) -> int:
     return sum((tensor.nbytes + 63) & ~63 for tensor in tensors)
 
 
-def write_tensors(
-    tensors: Collection[Tensor], memory: memoryview, offset: int = 0
-) -> tuple[list[TensorRef], int]:
+def write_tensors(tensors: Collection[Tensor], memory: memoryview, offset: int = 0) -> tuple[list[TensorRef], int]:
     """Copies the tensors into a block's memory; where they are, and where the next may start."""
     refs = []
     for tensor in tensors:

@@ -39,9 +39,7 @@ def submit_for_model(services: ServerServices, request: InferRequest, decoupled:
 class LoopServices:
     """backend.Services for models in threads: every question goes to the loop."""
 
-    def __init__(
-        self, services: ServerServices, loop: asyncio.AbstractEventLoop, model: str, version: int
-    ) -> None:
+    def __init__(self, services: ServerServices, loop: asyncio.AbstractEventLoop, model: str, version: int) -> None:
         self._services = services
         self._loop = loop
         self._model = model
@@ -73,9 +71,7 @@ class LoopServices:
         self._loop.call_soon_threadsafe(self._services.log, level, message, file, line)
 
     def metric(self, operation: str, family: str, labels: Mapping[str, str], value: Any) -> Any:
-        return self._ask(
-            lambda: self._services.metric(self._model, self._version, operation, family, labels, value)
-        )
+        return self._ask(lambda: self._services.metric(self._model, self._version, operation, family, labels, value))
 
     def progress(self, done: int, total: int, what: str) -> None:
         self.log("INFO", f"model '{self._model}': {what}: {done} of {total}", __file__, 0)

@@ -142,9 +142,7 @@ class ThreadInstance:
 
         for index, request in enumerate(requests):
             inputs = joiner.model_inputs(request)
-            running.views.append(
-                view_for_instance(request, index, inputs, request.requested_outputs, respond)
-            )
+            running.views.append(view_for_instance(request, index, inputs, request.requested_outputs, respond))
         return run_requests(self.instance, start_ns, running.views)
 
 
@@ -205,9 +203,7 @@ class ThreadHostedModel:
 
     async def set_instances(self, placements: Sequence[Placement]) -> None:
         wanted = {placement.name: placement for placement in placements}
-        kept = [
-            instance for instance in self.all_instances if wanted.get(instance.name) == instance.placement
-        ]
+        kept = [instance for instance in self.all_instances if wanted.get(instance.name) == instance.placement]
         gone = [instance for instance in self.all_instances if instance not in kept]
         present = {instance.name for instance in kept}
         started = list(kept)

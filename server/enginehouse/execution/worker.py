@@ -100,9 +100,7 @@ class RunningRequests:
             block, memory = NO_BLOCK, memoryview(b"")
         refs, _ = write_tensors(response.outputs, memory)
         freed = channel.incoming.take_released()
-        channel.send(
-            m.Respond(self.batch_id, block, memory.nbytes, response_ref(index, response, refs), freed)
-        )
+        channel.send(m.Respond(self.batch_id, block, memory.nbytes, response_ref(index, response, refs), freed))
 
     def _count_final(self, count: int) -> None:
         self._num_owed -= count

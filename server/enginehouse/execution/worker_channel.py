@@ -80,9 +80,7 @@ class WorkerChannel:
         if not self._segment_wanted:
             self._segment_wanted = True
             self.send(m.NeedSegment(nbytes))
-        self.wait_until(
-            lambda: self.outgoing.num_segments > num_segments or len(self._segment_refusals) > num_refusals
-        )
+        self.wait_until(lambda: self.outgoing.num_segments > num_segments or len(self._segment_refusals) > num_refusals)
         self._segment_wanted = False
         if len(self._segment_refusals) > num_refusals:
             raise ResourceExhausted(self._segment_refusals[-1])

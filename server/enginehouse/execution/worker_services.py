@@ -50,9 +50,7 @@ class WorkerCalls:
         request.on_cancel = lambda _: self.channel.send(m.CancelInfer(call_id))
         freed = self.channel.incoming.take_released()
         self.channel.send(
-            m.Infer(
-                call_id, model_id, block, memory.nbytes, request_ref(request, refs), decoupled, *parent, freed
-            )
+            m.Infer(call_id, model_id, block, memory.nbytes, request_ref(request, refs), decoupled, *parent, freed)
         )
 
     def on_answer(self, answer: m.Answer) -> None:

@@ -106,9 +106,7 @@ async def hosted(make: Callable[[], Instance], num_instances: int = 1) -> AsyncI
 
 def request_of(*values: int) -> InferRequest:
     array = np.array([[value, value] for value in values], np.int32)
-    return InferRequest(
-        "m", id=f"r{values[0]}", inputs={"X": Tensor.from_numpy("X", array)}, batch_size=len(values)
-    )
+    return InferRequest("m", id=f"r{values[0]}", inputs={"X": Tensor.from_numpy("X", array)}, batch_size=len(values))
 
 
 class Seen:
