@@ -1,0 +1,99 @@
+"""Reading JSON bodies with the types, and the complaints, of the v2 protocol.
+
+rapidjson because NaN, Infinity, big integers and the texts of syntax errors then come out as clients know
+them. What a value may be is checked where it is read, as the texts name the reader's expectation.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import rapidjson
+
+from enginehouse.errors import Internal, InvalidArgument
+from enginehouse.frontends.http_message import Buffer
+
+MAX_UINT64 = 2**64 - 1
+MIN_INT64, MAX_INT64 = -(2**63), 2**63 - 1
+MAX_NESTING = 100
+
+_SYNTAX = re.compile(r"Parse error at offset (\d+): (.*)", re.DOTALL)
+
+
+def parse_json(body: Buffer) -> Any:
+    """Raises Internal (500 in this protocol) for what is no JSON."""
+    try:
+        return rapidjson.loads(body if isinstance(body, bytes) else bytes(body))
+    except rapidjson.JSONDecodeError as error:
+        raise Internal(f"failed to parse the request JSON buffer: {_syntax_text(str(error))}") from None
+    except UnicodeDecodeError as error:
+        raise Internal(
+            f"failed to parse the request JSON buffer: Invalid encoding in string. at {error.start}"
+        ) from None
+    except RecursionError:
+        raise nesting_error() from None
+
+
+def nesting_error() -> InvalidArgument:
+    return InvalidArgument(f"JSON nesting depth exceeds maximum allowed limit ({MAX_NESTING})")
+
+
+def _syntax_text(text: str) -> str:
+    match = _SYNTAX.fullmatch(text)
+    return f"{match[2]} at {match[1]}" if match else text
+
+
+class JsonTypeError(Internal):
+    """A value of another type than the reader needs."""
+
+
+def missing(name: str) -> JsonTypeError:
+    return JsonTypeError(f"attempt to access non-existing object member '{name}'")
+
+
+def member(value: Any, name: str) -> Any:
+    if isinstance(value, dict) and name in value:
+        return value[name]
+    raise missing(name)
+
+
+def as_string(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise JsonTypeError("attempt to access JSON non-string as string")
+
+
+def as_array(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    raise JsonTypeError("attempt to access JSON non-array as array")
+
+
+def as_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise JsonTypeError("attempt to access JSON non-boolean as boolean")
+
+
+def as_unsigned(value: Any) -> int:
+    if type(value) is int and 0 <= value <= MAX_UINT64:
+        return value
+    raise JsonTypeError("attempt to access JSON non-unsigned-integer as unsigned-integer")
+
+
+def as_signed(value: Any) -> int:
+    if type(value) is int and MIN_INT64 <= value <= MAX_INT64:
+        return value
+    raise JsonTypeError("attempt to access JSON non-signed-integer as signed-integer")
+
+
+def as_members(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise JsonTypeError("attempt to get members for non-object")
+
+
+def about(prefix: str, error: JsonTypeError) -> JsonTypeError:
+    """The same complaint, saying first which field was read."""
+    return JsonTypeError(f"{prefix}: {error}")

@@ -1,0 +1,281 @@
+"""ModelInferRequest → InferRequest, and answers → ModelInferResponse. Pure but for shared memory leases.
+
+Raw output bytes are appended to the serialized rest of the message by hand: protobuf would copy them twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from enginehouse.config.schema import InferParameter, ModelInferRequest, ModelInferResponse
+from enginehouse.core import ServedVersion
+from enginehouse.errors import InvalidArgument
+from enginehouse.frontends.output_options import OutputOption, OutputOptions, classified, write_to_lease
+from enginehouse.frontends.request_parameters import EMPTY_FINAL, RESERVED_PREFIX, request_text
+from enginehouse.frontends.shared_memory.regions import Lease, Regions
+from enginehouse.types import DataType, DeviceData, InferRequest, InferResponse, ParameterValue, Tensor
+from enginehouse.types import encode_bytes_elements as encode_elements
+
+_RAW_OUTPUT_TAG = b"\x32"  # raw_output_contents: field 6, length-delimited
+
+# Typed contents: the field, the type it carries, and the narrower ones that share it.
+_CONTENTS: tuple[tuple[str, DataType, tuple[DataType, ...]], ...] = (
+    ("bool_contents", DataType.BOOL, ()),
+    ("int_contents", DataType.INT32, (DataType.INT8, DataType.INT16)),
+    ("int64_contents", DataType.INT64, ()),
+    ("uint_contents", DataType.UINT32, (DataType.UINT8, DataType.UINT16)),
+    ("uint64_contents", DataType.UINT64, ()),
+    ("fp32_contents", DataType.FP32, ()),
+    ("fp64_contents", DataType.FP64, ()),
+    ("bytes_contents", DataType.BYTES, ()),
+)
+
+
+def decode_infer(
+    message: ModelInferRequest, request: InferRequest, options: OutputOptions, regions: Regions
+) -> bool:
+    """Fills request and options; true if the client wants empty final answers.
+
+    `options.leases` may hold leases even when this raises: release them.
+    """
+    request.id = message.id
+    empty_final = _read_parameters(message.parameters, request)
+    raw = message.raw_input_contents
+    for output in message.outputs:
+        options.by_name[output.name] = _decode_output(output, options, regions)
+    request.requested_outputs = [output.name for output in message.outputs]
+    raw_index = 0
+    for entry in message.inputs:
+        if entry.name in request.inputs:
+            raise InvalidArgument(f"{request_text(request.id)}input '{entry.name}' already exists in request")
+        datatype = _datatype(entry, message)
+        data: memoryview | DeviceData
+        if entry.parameters and (lease := _lease(entry, regions)) is not None:
+            options.leases.append(lease)
+            if entry.HasField("contents"):
+                raise InvalidArgument(
+                    "unexpected 'content' provided when using shared memory for "
+                    + _input_text(entry, message)
+                )
+            data = lease.view()
+        elif entry.HasField("contents"):
+            if raw:
+                raise InvalidArgument(
+                    f"contents field must not be specified when using raw_input_contents for '{entry.name}' "
+                    f"for model '{message.model_name}'"
+                )
+            data = memoryview(_typed_contents(entry, datatype, message))
+        elif raw_index < len(raw):
+            data = memoryview(raw[raw_index])
+            raw_index += 1
+        else:
+            raise InvalidArgument(f"unable to find data for {_input_text(entry, message)} in request.")
+        request.inputs[entry.name] = Tensor(entry.name, datatype, tuple(entry.shape), data)
+    return empty_final
+
+
+def _input_text(entry: Any, message: ModelInferRequest) -> str:
+    return f"input tensor '{entry.name}' for model '{message.model_name}'"
+
+
+class UnknownDatatype(InvalidArgument):
+    """The core would say what it expects instead; the front end knows that and completes the text."""
+
+    def __init__(self, input_name: str) -> None:
+        super().__init__(f"inference input '{input_name}' data-type is '<invalid>'")
+        self.input_name = input_name
+
+
+def _datatype(entry: Any, message: ModelInferRequest) -> DataType:
+    try:
+        return DataType.from_wire(entry.datatype)
+    except KeyError:
+        raise UnknownDatatype(entry.name) from None
+
+
+def _typed_contents(entry: Any, datatype: DataType, message: ModelInferRequest) -> bytes:
+    contents = entry.contents
+    data = b""
+    for field, carried, narrower in _CONTENTS:
+        values = getattr(contents, field)
+        if not values:
+            continue
+        if datatype is not carried and datatype not in narrower:
+            raise InvalidArgument(
+                f"unexpected explicit tensor data for {_input_text(entry, message)} of type "
+                f"'{carried.wire_name}', expected datatype '{datatype.wire_name}'"
+            )
+        if datatype is DataType.BYTES:
+            elements = np.empty(len(values), object)
+            elements[:] = list(values)
+            data = encode_elements(elements)
+        else:
+            data = np.array(values, carried.numpy).astype(datatype.numpy).tobytes()
+    return data
+
+
+def _read_parameters(parameters: Mapping[str, InferParameter], request: InferRequest) -> bool:
+    empty_final = False
+    for key, value in parameters.items():
+        kind = value.WhichOneof("parameter_choice")
+        match key:
+            case "sequence_id":
+                _expect(key, kind, "int64_param", "string_param")
+                request.correlation_id = value.int64_param if kind == "int64_param" else value.string_param
+            case "sequence_start":
+                _expect(key, kind, "bool_param")
+                request.sequence_start = value.bool_param
+            case "sequence_end":
+                _expect(key, kind, "bool_param")
+                request.sequence_end = value.bool_param
+            case "priority":
+                _expect(key, kind, "int64_param", "uint64_param")
+                request.priority = value.int64_param if kind == "int64_param" else value.uint64_param
+            case "timeout":
+                _expect(key, kind, "int64_param")
+                request.timeout_us = value.int64_param
+            case _ if key == EMPTY_FINAL:
+                _expect(key, kind, "bool_param")
+                empty_final = value.bool_param
+            case _ if key.startswith(RESERVED_PREFIX):
+                raise InvalidArgument(
+                    "parameter keys starting with 'triton_' are reserved for Triton usage. Only the "
+                    f"following keys starting with 'triton_' are allowed: {EMPTY_FINAL}"
+                )
+            case _:
+                request.parameters[key] = _plain(key, kind, value)
+    return empty_final
+
+
+def _expect(key: str, kind: str | None, *allowed: str) -> None:
+    if kind not in allowed:
+        raise InvalidArgument(f"invalid value type for '{key}' parameter, expected {' or '.join(allowed)}.")
+
+
+def _plain(key: str, kind: str | None, value: InferParameter) -> ParameterValue:
+    match kind:
+        case "string_param":
+            return value.string_param
+        case "int64_param":
+            return value.int64_param
+        case "bool_param":
+            return value.bool_param
+        case "double_param":
+            return value.double_param
+    raise InvalidArgument(
+        f"invalid value type for '{key}' parameter, expected int64_param, bool_param, or string_param."
+    )
+
+
+def _decode_output(output: Any, options: OutputOptions, regions: Regions) -> OutputOption:
+    option = OutputOption(binary=True)
+    if not output.parameters:
+        return option
+    lease = _lease(output, regions)
+    if lease is not None:
+        options.leases.append(lease)
+        option.lease = lease
+    if "classification" in output.parameters:
+        value = output.parameters["classification"]
+        if value.WhichOneof("parameter_choice") != "int64_param":
+            raise InvalidArgument("invalid value type for 'classification' parameter, expected int64_param")
+        if lease is not None:
+            raise InvalidArgument("Output can't set both 'shared_memory_region' and 'classification'")
+        if value.int64_param < 0:
+            raise InvalidArgument(f"invalid value for 'classification' parameter, got {value.int64_param}")
+        option.num_classes = value.int64_param
+    return option
+
+
+def _lease(entry: Any, regions: Regions) -> Lease | None:
+    """The range of shared memory that a tensor's parameters name, or None."""
+    parameters = entry.parameters
+    if "shared_memory_region" not in parameters:
+        return None
+
+    def read(key: str, kind: str) -> Any:
+        if key not in parameters:
+            return 0
+        if parameters[key].WhichOneof("parameter_choice") != kind:
+            raise InvalidArgument(
+                f"invalid value type for '{key}' parameter for tensor '{entry.name}', expected {kind}."
+            )
+        return getattr(parameters[key], kind)
+
+    name = read("shared_memory_region", "string_param")
+    offset = read("shared_memory_offset", "int64_param")
+    num_bytes = read("shared_memory_byte_size", "int64_param")
+    if offset < 0 or num_bytes < 0:
+        raise InvalidArgument(f"Invalid offset + byte size for shared memory region: '{name}'")
+    return regions.lease(name, offset, num_bytes)
+
+
+def encode_parameters(parameters: Mapping[str, ParameterValue], into: Any) -> None:
+    for key, value in parameters.items():
+        entry = into[key]
+        if isinstance(value, bool):
+            entry.bool_param = value
+        elif isinstance(value, int):
+            entry.int64_param = value
+        elif isinstance(value, float):
+            entry.double_param = value
+        else:
+            entry.string_param = value
+
+
+def response_head(response: InferResponse) -> ModelInferResponse:
+    """Everything but the outputs."""
+    message = ModelInferResponse(
+        model_name=response.model_name, model_version=response.model_version, id=response.id
+    )
+    if response.parameters:
+        encode_parameters(response.parameters, message.parameters)
+    return message
+
+
+def encode_outputs(
+    message: ModelInferResponse, outputs: Iterable[Tensor], options: OutputOptions, served: ServedVersion
+) -> list[memoryview]:
+    """Adds the outputs to the message; their bytes come back for `with_raw_outputs`.
+
+    Raises InvalidArgument or Internal for an output that can't take the form it was asked for in.
+    """
+    raw: list[memoryview] = []
+    add = message.outputs.add
+    for tensor in outputs:
+        option = options.of(tensor.name)
+        if option.num_classes:
+            tensor = classified(tensor, option, served)
+        add(name=tensor.name, datatype=tensor.datatype.wire_name, shape=tensor.shape)
+        if option.lease is not None:
+            write_to_lease(tensor, option.lease)
+            raw.append(memoryview(b""))
+        else:
+            raw.append(tensor.host_data())
+    return raw
+
+
+def raw_output_parts(raw: Sequence[memoryview]) -> list[bytes | memoryview]:
+    parts: list[bytes | memoryview] = []
+    for data in raw:
+        parts += (_RAW_OUTPUT_TAG, encode_varint(data.nbytes), data)
+    return parts
+
+
+def encode_varint(number: int) -> bytes:
+    parts = bytearray()
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
+
+
+def encode_response(response: InferResponse, options: OutputOptions, served: ServedVersion) -> bytes:
+    """A serialized ModelInferResponse."""
+    message = response_head(response)
+    raw = encode_outputs(message, response.outputs, options, served)
+    return b"".join((message.SerializeToString(), *raw_output_parts(raw)))

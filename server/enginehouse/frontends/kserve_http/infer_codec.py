@@ -1,0 +1,281 @@
+"""The body of an inference over HTTP: JSON with optional binary tensors behind it → InferRequest, and back.
+
+Pure but for leases of shared memory. Errors carry Triton's texts; JSON shape errors are Internal (500).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import rapidjson
+
+from enginehouse.core import ServedVersion
+from enginehouse.errors import InvalidArgument
+from enginehouse.frontends.http_message import JSON, OCTETS, Buffer, HttpResponse
+from enginehouse.frontends.json_values import (
+    JsonTypeError,
+    about,
+    as_array,
+    as_bool,
+    as_string,
+    as_unsigned,
+    member,
+    parse_json,
+)
+from enginehouse.frontends.output_options import OutputOption, OutputOptions, classified, write_to_lease
+from enginehouse.frontends.raw_request import raw_tensor
+from enginehouse.frontends.request_parameters import request_text, set_parameters
+from enginehouse.frontends.shared_memory.regions import Lease, Regions
+from enginehouse.frontends.tensor_json import bytes_from_json, json_from_tensor
+from enginehouse.types import DataType, DeviceData, InferRequest, InferResponse, Tensor
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+_SOURCES = "'data', 'binary_data_size' in 'parameters', 'shared_memory_region' in 'parameters'"
+
+
+@dataclass(slots=True)
+class BinaryTail:
+    """The bytes behind the JSON, taken from the front by one binary input after the other."""
+
+    data: memoryview
+    position: int = 0
+
+    @property
+    def num_left(self) -> int:
+        return self.data.nbytes - self.position
+
+    def take(self, num_bytes: int) -> memoryview:
+        start = self.position
+        self.position += num_bytes
+        return self.data[start : self.position]
+
+
+def decode_raw(request: InferRequest, options: OutputOptions, body: Buffer, served: ServedVersion) -> None:
+    """Fills the request from a body that is one tensor; every output comes back as bytes."""
+    try:
+        tensor = raw_tensor(served, memoryview(body))
+    except InvalidArgument as error:
+        raise InvalidArgument(request_text(request.id) + str(error)) from None
+    request.inputs[tensor.name] = tensor
+    options.default = OutputOption(binary=True)
+
+
+def decode_infer(
+    request: InferRequest, options: OutputOptions, body: Buffer, header_length: int, regions: Regions
+) -> None:
+    """Fills request and options. `options.leases` may hold leases even when this raises: release them."""
+    document = parse_json(body if header_length == len(body) else memoryview(body)[:header_length])
+    tail = BinaryTail(memoryview(body)[header_length:])
+    inputs = _read_head(request, options, document)
+    for entry in inputs:
+        tensor = _decode_input(entry, tail, request, options, regions)
+        if tensor.name in request.inputs:
+            raise InvalidArgument(
+                f"{request_text(request.id)}input '{tensor.name}' already exists in request"
+            )
+        request.inputs[tensor.name] = tensor
+    if tail.num_left:
+        raise InvalidArgument(f"unexpected additional input data for model '{request.model_name}'")
+    if "outputs" in document:
+        try:
+            outputs = as_array(document["outputs"])
+        except JsonTypeError as error:
+            raise about("Unable to parse 'outputs'", error) from None
+        request.requested_outputs = [_decode_output(entry, options, regions) for entry in outputs]
+
+
+def _read_head(request: InferRequest, options: OutputOptions, document: Any) -> list[Any]:
+    """Takes over id and parameters; returns the inputs' entries."""
+    if isinstance(document, dict):
+        if "id" in document:
+            try:
+                request.id = as_string(document["id"])
+            except JsonTypeError as error:
+                raise about("Unable to parse 'id'", error) from None
+        parameters = document.get("parameters")
+        if "parameters" in document:
+            set_parameters(request, parameters)
+            assert isinstance(parameters, dict)
+            options.default = OutputOption(binary=parameters.get("binary_data_output", False))
+    try:
+        return as_array(member(document, "inputs"))
+    except JsonTypeError as error:
+        raise about("Unable to parse 'inputs'", error) from None
+
+
+def _field(entry: Any, name: str) -> Any:
+    try:
+        return member(entry, name)
+    except JsonTypeError as error:
+        raise about(f"Unable to parse '{name}'", error) from None
+
+
+def _text_field(entry: Any, name: str) -> str:
+    try:
+        return as_string(member(entry, name))
+    except JsonTypeError as error:
+        raise about(f"Unable to parse '{name}'", error) from None
+
+
+def _parameters_of(entry: Any) -> dict[str, Any]:
+    parameters = entry.get("parameters") if isinstance(entry, dict) else None
+    return parameters if isinstance(parameters, dict) else {}
+
+
+def _decode_input(
+    entry: Any, tail: BinaryTail, request: InferRequest, options: OutputOptions, regions: Regions
+) -> Tensor:
+    parameters = _parameters_of(entry)
+    _check_one_source(entry, parameters)
+    name = _text_field(entry, "name")
+    type_name = _text_field(entry, "datatype")
+    try:
+        shape = tuple(map(as_unsigned, as_array(member(entry, "shape"))))
+    except JsonTypeError as error:
+        raise about("Unable to parse 'shape'", error) from None
+    try:
+        datatype = DataType.from_wire(type_name)
+    except KeyError:
+        raise InvalidArgument(f"invalid datatype for input {name}") from None
+    data: memoryview | DeviceData
+    if "binary_data_size" in parameters:
+        data = _take_binary(tail, parameters, name, request.model_name)
+    elif "shared_memory_region" in parameters:
+        lease = _lease(parameters, regions)
+        options.leases.append(lease)
+        data = lease.view()
+    else:
+        data = memoryview(_decode_data(entry, name, datatype, shape))
+    return Tensor(name, datatype, shape, data)
+
+
+def _check_one_source(entry: Any, parameters: dict[str, Any]) -> None:
+    given = ["data"] if isinstance(entry, dict) and "data" in entry else []
+    given += [name for name in ("binary_data_size", "shared_memory_region") if name in parameters]
+    if len(given) == 1:
+        return
+    found = "But set " + " ".join(f"'{name}'" for name in given) if given else "But no field is set"
+    raise InvalidArgument(f"Input must set only one of the following fields: {_SOURCES}. {found}")
+
+
+def _take_binary(tail: BinaryTail, parameters: dict[str, Any], name: str, model_name: str) -> memoryview:
+    num_bytes = _unsigned_parameter(parameters, "binary_data_size")
+    if num_bytes > tail.num_left:
+        raise InvalidArgument(
+            f"unexpected size for input '{name}', expecting {num_bytes - tail.num_left} additional bytes for "
+            f"model '{model_name}'"
+        )
+    return tail.take(num_bytes)
+
+
+def _unsigned_parameter(parameters: dict[str, Any], key: str) -> int:
+    try:
+        return as_unsigned(parameters[key])
+    except JsonTypeError as error:
+        raise about(f"Unable to parse '{key}'", error) from None
+
+
+def _lease(parameters: dict[str, Any], regions: Regions) -> Lease:
+    name = _text_field(parameters, "shared_memory_region")
+    offset = (
+        _unsigned_parameter(parameters, "shared_memory_offset") if "shared_memory_offset" in parameters else 0
+    )
+    size_key = "shared_memory_byte_size"
+    num_bytes = _unsigned_parameter(parameters, size_key) if size_key in parameters else 0
+    return regions.lease(name, offset, num_bytes)
+
+
+def _decode_data(entry: Any, name: str, datatype: DataType, shape: Sequence[int]) -> bytes:
+    if not shape or 0 in shape:
+        return b""
+    if datatype in (DataType.FP16, DataType.BF16):
+        raise InvalidArgument(
+            f"receiving {datatype.wire_name} data via JSON is not supported. Please use the binary data "
+            f"format for input {name}"
+        )
+    try:
+        return bytes_from_json(_field(entry, "data"), datatype, shape)
+    except JsonTypeError as error:
+        raise about("Unable to parse 'data'", error) from None
+
+
+def _decode_output(entry: Any, options: OutputOptions, regions: Regions) -> str:
+    parameters = _parameters_of(entry)
+    in_shared_memory = "shared_memory_region" in parameters
+    if in_shared_memory:
+        for other in ("classification", "binary_data"):
+            if parameters.get(other):
+                raise InvalidArgument(f"Output can't set both 'shared_memory_region' and '{other}'")
+    name = _text_field(entry, "name")
+    option = OutputOption()
+    if "classification" in parameters:
+        try:
+            option.num_classes = as_unsigned(parameters["classification"])
+        except JsonTypeError as error:
+            raise about("Unable to set 'classification'", error) from None
+    if in_shared_memory:
+        option.lease = _lease(parameters, regions)
+        options.leases.append(option.lease)
+    elif "binary_data" in parameters:
+        try:
+            option.binary = as_bool(parameters["binary_data"])
+        except JsonTypeError as error:
+            raise about("Unable to parse 'binary_data'", error) from None
+    options.by_name[name] = option
+    return name
+
+
+def encode_response(response: InferResponse, options: OutputOptions, served: ServedVersion) -> HttpResponse:
+    """The answer with the outputs as they were asked for. Writes those that go to shared memory.
+
+    Raises InvalidArgument or Internal for an output that can't take the form it was asked for in.
+    """
+    binary: list[memoryview] = []
+    head = _response_head(response)
+    head["outputs"] = [_encode_output(tensor, options, served, binary) for tensor in response.outputs]
+    text = dump_json(head)
+    if not any(chunk.nbytes for chunk in binary):
+        return HttpResponse(200, JSON, (text,))
+    return HttpResponse(200, OCTETS, (text, *binary), ((HEADER_LENGTH, str(len(text))),))
+
+
+def _response_head(response: InferResponse) -> dict[str, Any]:
+    head: dict[str, Any] = {"id": response.id} if response.id else {}
+    head["model_name"] = response.model_name
+    head["model_version"] = response.model_version
+    if response.parameters:
+        head["parameters"] = dict(response.parameters)
+    return head
+
+
+def _encode_output(
+    tensor: Tensor, options: OutputOptions, served: ServedVersion, binary: list[memoryview]
+) -> dict[str, Any]:
+    option = options.of(tensor.name)
+    tensor = classified(tensor, option, served)
+    entry: dict[str, Any] = {
+        "name": tensor.name,
+        "datatype": tensor.datatype.wire_name,
+        "shape": tensor.shape,
+    }
+    if option.lease is not None:
+        write_to_lease(tensor, option.lease)
+    elif option.binary:
+        entry["parameters"] = {"binary_data_size": tensor.nbytes}
+        binary.append(tensor.host_data())
+    else:
+        entry["data"] = json_from_tensor(tensor)
+    return entry
+
+
+def dump_json(document: Any) -> bytes:
+    """As JSON text with NaN and Infinity where they occur, which strict JSON doesn't have."""
+    text = orjson.dumps(document)
+    # orjson writes them as null; nothing else in an answer is null.
+    if b"null" in text:
+        written: str = rapidjson.dumps(document, ensure_ascii=False)
+        return written.encode()
+    return text

@@ -1,0 +1,82 @@
+"""The front ends of a server as things that start and stop; `app.py` composes them.
+
+Each listens on one port. Shared memory is registered on one protocol and used on the other, so they share
+the regions.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from enginehouse.core import Core
+from enginehouse.frontends.aiohttp_transport import AiohttpServer
+from enginehouse.frontends.grpcio_transport import GrpcioServer
+from enginehouse.frontends.http_message import HttpRequest, HttpResponse, Reply
+from enginehouse.frontends.http_routes import PathParts, Route, Router
+from enginehouse.frontends.kserve_grpc.health import HealthMethods
+from enginehouse.frontends.kserve_grpc.methods import v2_methods
+from enginehouse.frontends.kserve_grpc.reflection import SERVICES, reflection_pool
+from enginehouse.frontends.kserve_http.front_end import v2_router
+from enginehouse.frontends.restricted_apis import RestrictedApis
+from enginehouse.frontends.shared_memory.regions import Regions
+from enginehouse.options import ServerOptions
+
+METRICS_TYPE = "text/plain; charset=utf-8"
+
+
+class FrontEnd(Protocol):
+    """`port` is the real one after `start`, also where 0 was asked for."""
+
+    port: int
+
+    async def start(self) -> None:
+        """Listens. Raises Unavailable if the address is taken."""
+        ...
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Takes no new connections; requests in flight have so long to end."""
+        ...
+
+
+def make_regions(options: ServerOptions) -> Regions:
+    """One for a server, given to both protocols' front ends."""
+    return Regions(allowed=options.allow_client_shm)
+
+
+def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:
+    router = v2_router(core, options, regions)
+    return AiohttpServer(
+        router.handle,
+        "HTTP",
+        options.http_address,
+        options.http_port,
+        max_body_bytes=options.http_max_input_size,
+        reuse_port=options.reuse_http_port,
+    )
+
+
+def serve_grpc(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:
+    methods = v2_methods(core, options, regions) | HealthMethods(core).methods()
+    return GrpcioServer(methods, options, SERVICES, reflection_pool())
+
+
+def serve_metrics(core: Core, options: ServerOptions) -> FrontEnd:
+    async def metrics(http: HttpRequest, parts: PathParts) -> Reply:
+        text: bytes = await core.metrics.scrape()
+        return HttpResponse(200, METRICS_TYPE, (text,))
+
+    router = Router([Route("/metrics", ("GET",), None, metrics)], RestrictedApis(()))
+    return AiohttpServer(router.handle, "Metrics", options.metrics_host, options.metrics_port)
+
+
+def front_ends(core: Core, options: ServerOptions) -> list[FrontEnd]:
+    """All that the options ask for, not started yet."""
+    regions = make_regions(options)
+    chosen: list[FrontEnd] = []
+    if options.allow_grpc:
+        chosen.append(serve_grpc(core, options, regions))
+    if options.allow_http:
+        chosen.append(serve_http(core, options, regions))
+    if options.allow_metrics:
+        chosen.append(serve_metrics(core, options))
+    return chosen
