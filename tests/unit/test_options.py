@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from enginehouse.option_values import MemoryLimit, RateLimitResource, RestrictedGroup, Setting
 from enginehouse.options import (
     HelpRequested,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from enginehouse_backends.llm.kernels.triton_rope import PagedKv
 
 

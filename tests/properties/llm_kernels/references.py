@@ -40,9 +40,7 @@ def attention(
     return torch.einsum("hqk,khd->qhd", weights, value)
 
 
-def rope(
-    heads: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool
-) -> torch.Tensor:
+def rope(heads: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """heads: [tokens, heads, dim], the first rotary columns rotated, the others untouched. float64."""
     heads = heads.double().clone()
     rotary = cos_sin.shape[1]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from enginehouse_backends.llm.attention.tiles import PADDING_TILE, prefill_tiles, query_tokens_per_tile
 from enginehouse_backends.llm.attention.triton_paged import (
     AttentionShape,
@@ -30,9 +31,7 @@ def _plan(sequences: Sequences, query_lens: list[int], group: int, rows: int = 3
     return PrefillPlan(tiles, starts, sequences.seq_lens, sequences.block_tables, tokens_per_tile)
 
 
-def _expected(
-    sequences: Sequences, query: torch.Tensor, query_lens: list[int], shape: AttentionShape
-) -> torch.Tensor:
+def _expected(sequences: Sequences, query: torch.Tensor, query_lens: list[int], shape: AttentionShape) -> torch.Tensor:
     parts, first = [], 0
     for query_len, key, value in zip(query_lens, sequences.keys, sequences.values, strict=True):
         part = query[first : first + query_len]
@@ -56,9 +55,7 @@ def _prefill_error(
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 1, 64), (1, 7, 32), (2, 4, 96)])
-def test_prefill_of_whole_and_continued_sequences(
-    kv_heads: int, group: int, head_dim: int, dtype: torch.dtype
-) -> None:
+def test_prefill_of_whole_and_continued_sequences(kv_heads: int, group: int, head_dim: int, dtype: torch.dtype) -> None:
     lengths, query_lens = [37, 1, 90, 64], [37, 1, 23, 5]
     sequences = scatter_sequences(lengths, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     error = _prefill_error(sequences, query_lens, group, dtype, AttentionShape(1 / math.sqrt(head_dim)))
@@ -123,9 +120,7 @@ def test_decode_options(shape: AttentionShape, group: int, num_splits: int) -> N
 
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_fp8_cache_costs_only_its_own_rounding(num_splits: int) -> None:
-    sequences = scatter_sequences(
-        [100, 17], head_dim=32, dtype=torch.float8_e4m3fn, key_scale=0.05, value_scale=0.02
-    )
+    sequences = scatter_sequences([100, 17], head_dim=32, dtype=torch.float8_e4m3fn, key_scale=0.05, value_scale=0.02)
     shape = AttentionShape(0.2)
     assert _decode_error(sequences, 2, torch.float32, shape, num_splits) < TOLERANCE[torch.float32]
     assert _prefill_error(sequences, [40, 17], 2, torch.float32, shape) < TOLERANCE[torch.float32]

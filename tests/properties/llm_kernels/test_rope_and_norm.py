@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from enginehouse_backends.llm.kernels.triton_elementwise import gated_activation, rms_norm
 from enginehouse_backends.llm.kernels.triton_rope import HeadNorm, PagedKv, rope_and_write
 

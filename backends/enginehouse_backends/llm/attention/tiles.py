@@ -12,7 +12,12 @@ PADDING_TILE = (-1, 0)
 MAX_SPLITS = 64
 
 
-def query_tokens_per_tile(group: int, rows: int = 128) -> int:
+def rows_per_tile(head_dim: int) -> int:
+    """Query rows of a prefill tile: as many as registers hold the results of without spilling."""
+    return 128 if head_dim <= 128 else 64
+
+
+def query_tokens_per_tile(group: int, rows: int) -> int:
     """How many query tokens share a tile of `rows` rows when each brings `group` heads. A power of two."""
     tokens = max(rows // _power_of_two_at_least(group), 1)
     # The matrix units work on 16 rows at the least.

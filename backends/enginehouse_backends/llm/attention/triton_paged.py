@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+
 from enginehouse_backends.llm.kernels.triton_attention import (
     decode_kernel,
     prefill_kernel,

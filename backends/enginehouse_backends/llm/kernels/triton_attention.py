@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from enginehouse_backends.llm.kernels.triton_elementwise import tanh
 
 
 @triton.jit
-def _load_cached(
-    cache, blocks, offsets, valid, columns, inside, block_stride, token_stride, HAS_PADDING: tl.constexpr
-):
+def _load_cached(cache, blocks, offsets, valid, columns, inside, block_stride, token_stride, HAS_PADDING: tl.constexpr):
     at = blocks.to(tl.int64)[:, None] * block_stride + offsets[:, None] * token_stride + columns[None, :]
     if HAS_PADDING:
         return tl.load(cache + at, mask=valid[:, None] & inside[None, :], other=0.0)
@@ -293,9 +292,7 @@ def reduce_splits_kernel(
     row = sequence * tl.num_programs(1) + head
     splits = tl.arange(0, BLOCK_SPLITS)
     columns = tl.arange(0, BLOCK_HEAD)
-    log_sums = tl.load(
-        partial_log_sum + row * NUM_SPLITS + splits, mask=splits < NUM_SPLITS, other=float("-inf")
-    )
+    log_sums = tl.load(partial_log_sum + row * NUM_SPLITS + splits, mask=splits < NUM_SPLITS, other=float("-inf"))
     maximum = tl.max(log_sums, axis=0)
     weights = tl.exp2(log_sums - tl.where(maximum == float("-inf"), 0.0, maximum))
     part = (row * NUM_SPLITS + splits)[:, None] * HEAD_DIM + columns[None, :]
