@@ -47,7 +47,7 @@ class CustomMetrics:
     def __init__(self) -> None:
         self._families: dict[str, CustomFamily] = {}
 
-    def call(
+    def __call__(
         self, model: str, version: int, operation: str, family: str, labels: Mapping[str, str], value: Any
     ) -> float | None:
         """What Services.metric does. Operations and their `value`:
@@ -85,17 +85,13 @@ class CustomMetrics:
         if not _FAMILY_NAME.fullmatch(name):
             raise InvalidArgument(f"'{name}' is no name for a metric family")
         if kind not in KINDS:
-            raise InvalidArgument(
-                f"metric kind '{kind}' of family '{name}' must be one of {', '.join(KINDS)}"
-            )
+            raise InvalidArgument(f"metric kind '{kind}' of family '{name}' must be one of {', '.join(KINDS)}")
         known = self._families.setdefault(name, CustomFamily(kind, help_text, set()))
         if known.kind != kind:
             raise AlreadyExists(f"metric family '{name}' exists already as a {known.kind}, not a {kind}")
         known.owners.add(owner)
 
-    def add_metric(
-        self, owner: Owner, family: str, labels: Mapping[str, str], bounds: Sequence[float]
-    ) -> None:
+    def add_metric(self, owner: Owner, family: str, labels: Mapping[str, str], bounds: Sequence[float]) -> None:
         """The same labels again give the same metric."""
         known = self._family(family)
         for label in labels:
@@ -119,8 +115,7 @@ class CustomMetrics:
             raise Unsupported("TRITONSERVER_METRIC_KIND_HISTOGRAM does not support Increment")
         if kind == "counter" and by < 0:
             raise InvalidArgument(
-                "TRITONSERVER_METRIC_KIND_COUNTER can only be incremented monotonically by non-negative "
-                "values."
+                "TRITONSERVER_METRIC_KIND_COUNTER can only be incremented monotonically by non-negative values."
             )
         metric.value += by
 

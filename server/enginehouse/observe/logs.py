@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from enginehouse.errors import Internal, InvalidArgument, Unavailable, Unsupported
+from enginehouse.options import ServerOptions
 
 ROOT_LOGGERS = ("enginehouse", "enginehouse_backends")
 _LETTERS = {logging.INFO: "I", logging.WARNING: "W", logging.ERROR: "E"}
@@ -136,6 +137,19 @@ class LogSettings:
         name = {"log_verbose_level": "verbose_level", "log_format": "format_name"}.get(key)
         setattr(self, name or key.removeprefix("log_"), value)
         self.on_change()
+
+
+def log_settings(options: ServerOptions, *, escape: bool = True) -> LogSettings:
+    """As the flags say."""
+    return LogSettings(
+        info=options.log_info,
+        warning=options.log_warning,
+        error=options.log_error,
+        verbose_level=options.log_verbose,
+        format_name=options.log_format.value,
+        file=options.log_file,
+        escape=escape,
+    )
 
 
 class LineFormatter(logging.Formatter):

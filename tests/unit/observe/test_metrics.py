@@ -137,9 +137,9 @@ def test_summaries_have_the_quantiles_that_were_asked_for() -> None:
     metrics = Metrics(settings("summary_latencies=true", "summary_quantiles=0.25:0.05,0.75:0.01"))
     run(metrics.open_model(config(), 1))
     found = samples(metrics.render())
-    assert found[
-        'nv_inference_compute_infer_summary_us{model="m",version="1",quantile="0.25"}'
-    ] == pytest.approx(2, rel=0.02)
+    assert found['nv_inference_compute_infer_summary_us{model="m",version="1",quantile="0.25"}'] == pytest.approx(
+        2, rel=0.02
+    )
     assert found['nv_inference_request_summary_us_count{model="m",version="1"}'] == 1
     assert 'nv_inference_compute_infer_summary_us{model="m",version="1",quantile="0.5"}' not in found
 
@@ -175,9 +175,7 @@ async def test_sources_and_providers_join_in_and_same_families_merge() -> None:
     metrics = Metrics(settings())
 
     async def engine(name: str) -> Sequence[MetricFamily]:
-        return [
-            MetricFamily("vllm:num_requests_running", "gauge", "Running.", [("", {"model_name": name}, 2)])
-        ]
+        return [MetricFamily("vllm:num_requests_running", "gauge", "Running.", [("", {"model_name": name}, 2)])]
 
     end = metrics.add_source(lambda: engine("a"))
     metrics.add_source(lambda: engine("b"))
@@ -243,9 +241,7 @@ def test_gpus_are_read_at_most_once_an_interval_and_missing_readings_left_out() 
     nvml.energy_mj = 8000
 
     def read(now_ns: int) -> dict[str, dict[str, float]]:
-        return {
-            f.name: {labels["gpu_uuid"]: v for _, labels, v in f.samples} for f in reader.families(now_ns)
-        }
+        return {f.name: {labels["gpu_uuid"]: v for _, labels, v in f.samples} for f in reader.families(now_ns)}
 
     first = read(0)
     assert set(first) == {name for name, _, _ in GPU_FAMILIES}
@@ -277,28 +273,28 @@ def test_numbers_are_written_short() -> None:
 class TestCustomMetrics:
     def make(self, kind: str = "counter", **labels: str) -> CustomMetrics:
         custom = CustomMetrics()
-        custom.call("m", 1, "family", "requests_seen", {}, {"description": "Seen.", "kind": kind})
-        custom.call("m", 1, "metric", "requests_seen", labels, [1, 2] if kind == "histogram" else None)
+        custom("m", 1, "family", "requests_seen", {}, {"description": "Seen.", "kind": kind})
+        custom("m", 1, "metric", "requests_seen", labels, [1, 2] if kind == "histogram" else None)
         return custom
 
     def test_a_counter_goes_up(self) -> None:
         custom = self.make(model="m")
-        custom.call("m", 1, "increment", "requests_seen", {"model": "m"}, 2.5)
-        assert custom.call("m", 1, "value", "requests_seen", {"model": "m"}, None) == 2.5
+        custom("m", 1, "increment", "requests_seen", {"model": "m"}, 2.5)
+        assert custom("m", 1, "value", "requests_seen", {"model": "m"}, None) == 2.5
         (family,) = custom.families()
         assert (family.kind, family.help) == ("counter", "Seen.")
         assert list(family.samples) == [("", {"model": "m"}, 2.5)]
 
     def test_a_gauge_is_set_and_moved(self) -> None:
         custom = self.make("gauge")
-        custom.call("m", 1, "set", "requests_seen", {}, 10)
-        custom.call("m", 1, "increment", "requests_seen", {}, -3)
-        assert custom.call("m", 1, "value", "requests_seen", {}, None) == 7
+        custom("m", 1, "set", "requests_seen", {}, 10)
+        custom("m", 1, "increment", "requests_seen", {}, -3)
+        assert custom("m", 1, "value", "requests_seen", {}, None) == 7
 
     def test_a_histogram_counts_in_buckets(self) -> None:
         custom = self.make("histogram")
         for value in (0.5, 1, 1.5, 9):
-            custom.call("m", 1, "observe", "requests_seen", {}, value)
+            custom("m", 1, "observe", "requests_seen", {}, value)
         (family,) = custom.families()
         assert [(suffix, labels.get("le"), value) for suffix, labels, value in family.samples] == [
             ("_bucket", "1", 2),
@@ -328,24 +324,24 @@ class TestCustomMetrics:
         self, kind: str, operation: str, value: object, error: type[EnginehouseError]
     ) -> None:
         with pytest.raises(error):
-            self.make(kind).call("m", 1, operation, "requests_seen", {}, value)
+            self.make(kind)("m", 1, operation, "requests_seen", {}, value)
 
     def test_names_are_checked_before_they_can_spoil_the_exposition(self) -> None:
         with pytest.raises(InvalidArgument, match="'a b' is no name"):
-            CustomMetrics().call("m", 1, "family", "a b", {}, {"description": "", "kind": "gauge"})
+            CustomMetrics()("m", 1, "family", "a b", {}, {"description": "", "kind": "gauge"})
         with pytest.raises(InvalidArgument, match="'a-b' is no name for a label"):
-            self.make("gauge").call("m", 1, "metric", "requests_seen", {"a-b": "x"}, None)
+            self.make("gauge")("m", 1, "metric", "requests_seen", {"a-b": "x"}, None)
 
     def test_models_share_a_family_and_it_goes_with_the_last(self) -> None:
         custom = self.make(model="m")
-        custom.call("n", 2, "family", "requests_seen", {}, {"description": "", "kind": "COUNTER"})
-        custom.call("n", 2, "metric", "requests_seen", {"model": "n"}, None)
+        custom("n", 2, "family", "requests_seen", {}, {"description": "", "kind": "COUNTER"})
+        custom("n", 2, "metric", "requests_seen", {"model": "n"}, None)
         with pytest.raises(AlreadyExists):
-            custom.call("n", 2, "family", "requests_seen", {}, {"description": "", "kind": "gauge"})
+            custom("n", 2, "family", "requests_seen", {}, {"description": "", "kind": "gauge"})
         custom.drop_owner("m", 1)
         (family,) = custom.families()
         assert [labels for _, labels, _ in family.samples] == [{"model": "n"}]
         custom.drop_owner("n", 2)
         assert list(custom.families()) == []
         with pytest.raises(NotFound):
-            custom.call("n", 2, "increment", "requests_seen", {"model": "n"}, 1)
+            custom("n", 2, "increment", "requests_seen", {"model": "n"}, 1)
