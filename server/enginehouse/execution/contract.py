@@ -40,6 +40,8 @@ class Batch:
     requests: Sequence[InferRequest]
     on_response: Callable[[InferRequest, InferResponse], None]
     on_done: Callable[[Batch, ExecutionTimes, EnginehouseError | None], None]
+    on_reschedule: Callable[[InferRequest], None] | None = None
+    """Iterative sequences: instead of a final response, the model asks for the request once more."""
     instance: InstanceHandle | None = None
     context: Any = None
     """The scheduler's own."""

@@ -98,6 +98,8 @@ class Joiner:
         self.output_names = frozenset(output_names)
         self.input_reshapes = dict(input_reshapes or {})
         self.output_reshapes = dict(output_reshapes or {})
+        self.state_outputs: frozenset[str] = frozenset()
+        """Outputs that the scheduler keeps for the sequence: they come along whatever a request asks for."""
         self.input_rules: dict[str, InputRule] = {}
         self.output_rules: dict[str, OutputRule] = {}
         self.derived_inputs: list[Callable[[Sequence[InferRequest]], Sequence[JoinedTensor]]] = []
@@ -105,12 +107,15 @@ class Joiner:
 
     @classmethod
     def of_config(cls, config: ModelConfig) -> Joiner:
-        return cls(
+        states = [state.output_name for state in config.sequence_batching.state]
+        joiner = cls(
             config.max_batch_size > 0,
-            [output.name for output in config.output],
+            [output.name for output in config.output] + states,
             {t.name: Reshape(tuple(t.dims), tuple(t.reshape.shape)) for t in config.input if t.HasField("reshape")},
             {t.name: Reshape(tuple(t.dims), tuple(t.reshape.shape)) for t in config.output if t.HasField("reshape")},
         )
+        joiner.state_outputs = frozenset(states)
+        return joiner
 
     # --- inputs
 
@@ -155,7 +160,7 @@ class Joiner:
 
     def requested_outputs(self, requests: Sequence[InferRequest]) -> list[str]:
         """What a whole batch must compute; empty for everything."""
-        names: dict[str, None] = {}
+        names: dict[str, None] = dict.fromkeys(self.state_outputs)
         for request in requests:
             if not request.requested_outputs:
                 return []
@@ -179,14 +184,21 @@ class Joiner:
             else:
                 pieces = split_rows(output, [request.num_rows for request in requests])
             for request, answer, piece in zip(requests, answers, pieces, strict=True):
-                if not request.requested_outputs or piece.name in request.requested_outputs:
+                if self._is_wanted(piece.name, request):
                     answer.append(self.client_output(piece))
         return answers
 
     def pick(self, request: InferRequest, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Of the outputs made for one request, those that it asked for and the config knows."""
-        wanted = request.requested_outputs or self.output_names
-        return [self.client_output(output) for output in outputs if output.name in wanted]
+        return [
+            self.client_output(output)
+            for output in outputs
+            if output.name in self.output_names and self._is_wanted(output.name, request)
+        ]
+
+    def _is_wanted(self, name: str, request: InferRequest) -> bool:
+        wanted = request.requested_outputs
+        return not wanted or name in wanted or name in self.state_outputs
 
     def client_output(self, output: Tensor) -> Tensor:
         """The output with the shape that clients see."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from enginehouse.config.schema import ModelConfig
-from enginehouse.errors import NotFound, Unsupported
+from enginehouse.errors import NotFound
 from enginehouse.execution.contract import InstanceHandle
 from enginehouse.scheduling import test_hooks
 from enginehouse.scheduling.clock import Clock, LoopClock
@@ -15,6 +16,15 @@ from enginehouse.scheduling.ensemble import EnsembleScheduler
 from enginehouse.scheduling.ensemble_check import ConfigLookup
 from enginehouse.scheduling.loop import BatchingOptions, BatchingScheduler
 from enginehouse.scheduling.queue import RequestQueue
+from enginehouse.scheduling.sequence_batching import (
+    DirectBatching,
+    max_idle_ns_of,
+    num_slots_of,
+    oldest_batching,
+)
+from enginehouse.scheduling.sequence_controls import SequenceControls
+from enginehouse.scheduling.sequence_loop import SequenceOptions, SequenceScheduler
+from enginehouse.scheduling.sequence_state import SequenceStates
 
 
 def build_scheduler(
@@ -25,18 +35,20 @@ def build_scheduler(
     submit: SubmitRequest,
     *,
     lookup: ConfigLookup | None = None,
+    model_directory: Path | None = None,
     clock: Clock | None = None,
 ) -> Scheduler:
     """The scheduler of one loaded version. Call on the server's loop.
 
     `submit` is the core's own and runs ensemble steps; `lookup(name, version)` gives the config of a ready
-    model to them. Raises InvalidArgument or Unsupported, naming the config field.
+    model to them; `model_directory` holds the files that the config names (initial states). Raises
+    InvalidArgument if something in it doesn't fit.
     """
     clock = clock or LoopClock()
     if config.HasField("ensemble_scheduling"):
         return EnsembleScheduler(config, version, observer, submit, lookup or _no_lookup, clock)
     if config.HasField("sequence_batching"):
-        raise Unsupported(f"model '{config.name}': sequence_batching is not supported yet")
+        return SequenceScheduler(_sequence_options(config, model_directory), instances, observer, clock)
     return BatchingScheduler(_batching_options(config), instances, observer, clock)
 
 
@@ -50,6 +62,24 @@ def _batching_options(config: ModelConfig) -> BatchingOptions:
         gathers=True,
         preserves_order=config.dynamic_batching.preserve_ordering,
         hold_until_queued=test_hooks.delay_scheduler(),
+    )
+
+
+def _sequence_options(config: ModelConfig, model_directory: Path | None) -> SequenceOptions:
+    batching = config.sequence_batching
+    is_oldest = batching.HasField("oldest")
+    return SequenceOptions(
+        model_name=config.name,
+        batching=oldest_batching(config) if is_oldest else DirectBatching.of(config),
+        controls=SequenceControls(config),
+        states=SequenceStates(config, model_directory),
+        num_slots=num_slots_of(config),
+        max_idle_ns=max_idle_ns_of(config),
+        shape_key=shape_key_of(config),
+        preserves_order=is_oldest and batching.oldest.preserve_ordering,
+        is_iterative=batching.iterative_sequence,
+        hold_until_queued=test_hooks.delay_scheduler(),
+        hold_until_backlog=test_hooks.backlog_delay_scheduler(),
     )
 
 

@@ -5,7 +5,6 @@ The scheduler only keeps count; what a request does is in `ensemble_run`, the gr
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from enginehouse.config.schema import ModelConfig
@@ -15,7 +14,7 @@ from enginehouse.scheduling.contract import ExecutionObserver, SubmitRequest
 from enginehouse.scheduling.ensemble_check import ConfigLookup, client_dims
 from enginehouse.scheduling.ensemble_graph import EnsembleGraph
 from enginehouse.scheduling.ensemble_run import EnsembleRun, StepGate
-from enginehouse.scheduling.loop import cancelled, stopped
+from enginehouse.scheduling.in_flight import InFlight, cancelled, stopped
 from enginehouse.types import InferRequest, InferResponse
 
 
@@ -44,7 +43,7 @@ class EnsembleScheduler:
         self._instance = EnsembleInstance(f"{config.name}_{version}")
         self._runs: set[EnsembleRun] = set()
         self._is_closed = False
-        self._drained: list[asyncio.Future[None]] = []
+        self._in_flight = InFlight(observer)
 
     @property
     def num_pending(self) -> int:
@@ -52,7 +51,7 @@ class EnsembleScheduler:
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._runs)
+        return self._in_flight.num_requests
 
     def submit(self, request: InferRequest) -> None:
         if self._is_closed:
@@ -62,16 +61,14 @@ class EnsembleScheduler:
         request.times.queued_ns = request.times.started_ns = self.clock.now_ns()
         run = EnsembleRun(self, request)
         self._runs.add(run)
+        self._in_flight.enter()
         run.start()
 
     def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
         """An ensemble has none."""
 
     async def drain(self) -> None:
-        if self._runs:
-            drained = asyncio.get_running_loop().create_future()
-            self._drained.append(drained)
-            await drained
+        await self._in_flight.drained()
 
     def close(self) -> None:
         self._is_closed = True
@@ -79,21 +76,11 @@ class EnsembleScheduler:
             run.fail(stopped(run.request))
 
     def deliver(self, run: EnsembleRun, response: InferResponse) -> None:
-        request = run.request
         if response.final:
             self._runs.discard(run)
-            request.on_cancel = None
             if response.error is None:
-                self.observer.on_batch([request], self._instance, run.times(), None)
-        self.observer.on_response(request, response)
-        request.num_responses += response.has_response
-        assert request.sink is not None, "bug: a submitted request has a sink"
-        request.sink(response)
-        if self._drained and not self._runs:
-            waiters, self._drained = self._drained, []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+                self.observer.on_batch([run.request], self._instance, run.times(), None)
+        self._in_flight.deliver(run.request, response)
 
 
 class EnsembleInstance:

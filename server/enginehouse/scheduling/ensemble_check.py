@@ -88,9 +88,7 @@ def client_dims(tensor: ModelInput | ModelOutput) -> tuple[int, ...]:
     return tuple(tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims)
 
 
-def _check_inputs(
-    ensemble: str, step: ModelEnsembling.Step, member: ModelConfig, tensors: dict[str, _Tensor]
-) -> None:
+def _check_inputs(ensemble: str, step: ModelEnsembling.Step, member: ModelConfig, tensors: dict[str, _Tensor]) -> None:
     specs = {tensor.name: tensor for tensor in member.input}
     for name, tensor in step.input_map.items():
         if name not in specs:
@@ -104,14 +102,11 @@ def _check_inputs(
             _check_same(ensemble, step.input_map[name], tensors, seen)
         elif not spec.optional:
             raise InvalidArgument(
-                f"in ensemble {ensemble}, input {name} in model {step.model_name} is not mapped to any "
-                f"ensemble tensors"
+                f"in ensemble {ensemble}, input {name} in model {step.model_name} is not mapped to any ensemble tensors"
             )
 
 
-def _check_outputs(
-    ensemble: str, step: ModelEnsembling.Step, member: ModelConfig, tensors: dict[str, _Tensor]
-) -> None:
+def _check_outputs(ensemble: str, step: ModelEnsembling.Step, member: ModelConfig, tensors: dict[str, _Tensor]) -> None:
     specs = {tensor.name: tensor for tensor in member.output}
     for name, tensor in step.output_map.items():
         if name not in specs:

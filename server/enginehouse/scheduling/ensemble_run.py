@@ -16,7 +16,7 @@ from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError, FailureReason, InvalidArgument, error_of
 from enginehouse.execution.contract import ExecutionTimes
 from enginehouse.scheduling.ensemble_graph import Step
-from enginehouse.scheduling.loop import cancelled
+from enginehouse.scheduling.in_flight import cancelled
 from enginehouse.types import CorrelationId, InferRequest, InferResponse, ParameterValue, Tensor
 
 if TYPE_CHECKING:
@@ -177,8 +177,7 @@ class EnsembleRun:
         prefix = f"[request id: {self.request.id or '<id_unknown>'}] "
         self._fail_in_step(
             InvalidArgument(
-                f"{prefix}unexpected deadlock, at least one output is not set while no more ensemble steps "
-                f"can be made"
+                f"{prefix}unexpected deadlock, at least one output is not set while no more ensemble steps can be made"
             )
         )
 
@@ -225,9 +224,7 @@ class EnsembleRun:
         return value
 
     def _is_read(self, name: str) -> bool:
-        return name in self._outputs or any(
-            step.index in self._needed for step in self._graph.consumers.get(name, ())
-        )
+        return name in self._outputs or any(step.index in self._needed for step in self._graph.consumers.get(name, ()))
 
     # --- steps
 
@@ -335,12 +332,9 @@ def _sequencing_after(request: InferRequest, parameters: Mapping[str, ParameterV
     correlation_id = parameters.get("sequence_id", request.correlation_id)
     if isinstance(correlation_id, bool | float):
         raise InvalidArgument(
-            "expected parameter 'sequence_id' to be TRITONSERVER_PARAMETER_INT or "
-            "TRITONSERVER_PARAMETER_STRING"
+            "expected parameter 'sequence_id' to be TRITONSERVER_PARAMETER_INT or TRITONSERVER_PARAMETER_STRING"
         )
-    return Sequencing(
-        correlation_id, bool(parameters.get("sequence_start")), bool(parameters.get("sequence_end"))
-    )
+    return Sequencing(correlation_id, bool(parameters.get("sequence_start")), bool(parameters.get("sequence_end")))
 
 
 def _sequence_parameters(sequencing: Sequencing | None) -> dict[str, ParameterValue]:

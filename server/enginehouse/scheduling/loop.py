@@ -6,15 +6,15 @@ possible. Everything runs as callbacks on the server's loop; a request costs no 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from enginehouse.errors import Cancelled, EnginehouseError, FailureReason, Unavailable
+from enginehouse.errors import EnginehouseError
 from enginehouse.execution.contract import Batch, ExecutionTimes, InstanceHandle
 from enginehouse.scheduling.clock import Alarm, Clock, LoopClock
 from enginehouse.scheduling.contract import ExecutionObserver
 from enginehouse.scheduling.dynamic_batching import BatchPolicy, SingleRequests, Wait
+from enginehouse.scheduling.in_flight import InFlight, cancelled, expired, stopped
 from enginehouse.scheduling.instances import InstancePool
 from enginehouse.scheduling.ordering import ResponseOrder
 from enginehouse.scheduling.queue import RequestQueue, Ticket
@@ -61,8 +61,8 @@ class BatchingScheduler:
         self._waiting: Wait | None = None
         self._pass_is_due = False
         self._is_closed = False
-        self._num_in_flight = 0
-        self._drained: list[asyncio.Future[None]] = []
+        self._in_flight = InFlight(observer)
+        self._deliver = self._in_flight.deliver
         self._order = ResponseOrder(self._deliver) if options.preserves_order else None
 
     # --- the contract
@@ -73,7 +73,7 @@ class BatchingScheduler:
 
     @property
     def num_in_flight(self) -> int:
-        return self._num_in_flight
+        return self._in_flight.num_requests
 
     def submit(self, request: InferRequest) -> None:
         if self._is_closed:
@@ -85,7 +85,7 @@ class BatchingScheduler:
         self._queue.add(ticket)
         request.flow = ticket
         request.on_cancel = self._cancel_queued
-        self._num_in_flight += 1
+        self._in_flight.enter()
         self._notice(ticket)
 
     def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
@@ -93,10 +93,7 @@ class BatchingScheduler:
         self._pass()
 
     async def drain(self) -> None:
-        if self._num_in_flight:
-            drained = asyncio.get_running_loop().create_future()
-            self._drained.append(drained)
-            await drained
+        await self._in_flight.drained()
 
     def close(self) -> None:
         self._is_closed = True
@@ -105,18 +102,14 @@ class BatchingScheduler:
         left = list(self._queue)
         self._queue.take(left)
         for ticket in left:
-            self._refuse(ticket.request, stopped(ticket.request))
+            self._in_flight.refuse(ticket.request, stopped(ticket.request))
 
     # --- deciding
 
     def _notice(self, ticket: Ticket) -> None:
         """A request arrived: look at the queue unless the answer is known to be the same as before."""
         waiting = self._waiting
-        if (
-            waiting is not None
-            and self._queue.num_rows < waiting.wake_rows
-            and ticket.shape_key == waiting.shape_key
-        ):
+        if waiting is not None and self._queue.num_rows < waiting.wake_rows and ticket.shape_key == waiting.shape_key:
             self._set_alarm()
             return
         if not self._gathers:
@@ -168,9 +161,7 @@ class BatchingScheduler:
 
     def _expire(self, now_ns: int) -> None:
         for ticket in self._queue.expire(now_ns):
-            self._refuse(
-                ticket.request, Unavailable("Request timeout expired", reason=FailureReason.REJECTED)
-            )
+            self._in_flight.refuse(ticket.request, expired())
 
     # --- running
 
@@ -183,7 +174,7 @@ class BatchingScheduler:
             if self._order is not None:
                 self._order.open(request)
         self._pool.reserve(instance)
-        instance.execute(Batch(requests, self._on_response, self._on_done, instance))
+        instance.execute(Batch(requests, self._on_response, self._on_done, instance=instance))
 
     def _on_response(self, request: InferRequest, response: InferResponse) -> None:
         if response.final:
@@ -202,50 +193,11 @@ class BatchingScheduler:
         if self._queue.num_requests:
             self._pass()
 
-    # --- answering
-
-    def _deliver(self, request: InferRequest, response: InferResponse) -> None:
-        """One answer, counted and sent. The final one ends the request."""
-        self._observer.on_response(request, response)
-        request.num_responses += response.has_response
-        sink = request.sink
-        assert sink is not None, "bug: a submitted request has a sink"
-        if response.final:
-            self._num_in_flight -= 1
-            request.flow = None
-            sink(response)
-            if self._drained and not self._num_in_flight:
-                self._wake_drained()
-        else:
-            sink(response)
-
-    def _refuse(self, request: InferRequest, error: EnginehouseError) -> None:
-        request.on_cancel = None
-        self._deliver(request, InferResponse(error=error))
-
-    def _wake_drained(self) -> None:
-        waiters, self._drained = self._drained, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
     # --- cancelling
 
     def _cancel_queued(self, request: InferRequest) -> None:
         self._queue.take((request.flow,))
-        self._refuse(request, cancelled())
+        self._in_flight.refuse(request, cancelled())
 
     def _cancel_running(self, request: InferRequest) -> None:
         request.flow.cancel(request)
-
-
-def stopped(request: InferRequest) -> Unavailable:
-    return Unavailable(
-        f"[request id: {request.id or '<id_unknown>'}] Server is stopping, scheduler for model has stopped "
-        f"accepting new inference requests",
-        reason=FailureReason.REJECTED,
-    )
-
-
-def cancelled() -> Cancelled:
-    return Cancelled("Request cancelled", reason=FailureReason.CANCELED)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import Internal
 from enginehouse.execution.joining import Joiner, Reshape, split_rows
 from enginehouse.types import Array, DataType, InferRequest, Tensor
@@ -83,3 +84,15 @@ def test_bf16_keeps_its_type() -> None:
     tensor = Tensor("X", DataType.BF16, (2, 2), memoryview(bytes(8)))
     joined = Joiner(True).join([InferRequest("m", inputs={"X": tensor}, batch_size=2)] * 2)
     assert (joined[0].datatype, joined[0].shape, joined[0].nbytes) == (DataType.BF16, (4, 2), 16)
+
+
+def test_state_outputs_come_along_whatever_a_request_asks_for() -> None:
+    config = ModelConfig(max_batch_size=4)
+    config.output.add(name="Y")
+    config.sequence_batching.state.add(input_name="S_IN", output_name="S_OUT")
+    joiner = Joiner.of_config(config)
+    request = InferRequest("m", requested_outputs=["Y"], batch_size=1)
+    assert set(joiner.requested_outputs([request])) == {"Y", "S_OUT"}
+    outputs = {name: Tensor.from_numpy(name, np.zeros((1, 1), np.float32)) for name in ("Y", "Z", "S_OUT")}
+    assert [tensor.name for tensor in joiner.split([request], outputs)[0]] == ["Y", "S_OUT"]
+    assert [tensor.name for tensor in joiner.pick(request, list(outputs.values()))] == ["Y", "S_OUT"]

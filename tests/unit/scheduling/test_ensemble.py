@@ -19,16 +19,10 @@ from .factories import Answers, Observer, config_of
 Member = Callable[[InferRequest, "SmallCore"], None]
 
 
-def member(
-    name: str, inputs: str, outputs: str, max_batch_size: int = 4, extra: str = "", dims: int = 1
-) -> str:
+def member(name: str, inputs: str, outputs: str, max_batch_size: int = 4, extra: str = "", dims: int = 1) -> str:
     """A model's config; names are comma separated."""
-    sides = [("input", name) for name in inputs.split(",")] + [
-        ("output", name) for name in outputs.split(",")
-    ]
-    tensors = " ".join(
-        f'{side} {{ name: "{name}" data_type: TYPE_INT32 dims: [{dims}] }}' for side, name in sides
-    )
+    sides = [("input", name) for name in inputs.split(",")] + [("output", name) for name in outputs.split(",")]
+    tensors = " ".join(f'{side} {{ name: "{name}" data_type: TYPE_INT32 dims: [{dims}] }}' for side, name in sides)
     return f'name: "{name}" max_batch_size: {max_batch_size} {tensors} {extra}'
 
 
@@ -45,9 +39,7 @@ def ensemble(inputs: str, outputs: str, *steps: str, max_batch_size: int = 4, ex
 
 DOUBLE = member("double", "A", "B")
 ADD_SUB = member("add_sub", "INPUT0,INPUT1", "OUTPUT0,OUTPUT1")
-CHAIN = ensemble(
-    "IN", "OUT", step("double", {"A": "IN"}, {"B": "mid"}), step("double", {"A": "mid"}, {"B": "OUT"})
-)
+CHAIN = ensemble("IN", "OUT", step("double", {"A": "IN"}, {"B": "mid"}), step("double", {"A": "mid"}, {"B": "OUT"}))
 FAN = ensemble(
     "L,R",
     "TOTAL,DELTA,TWICE",
@@ -283,9 +275,7 @@ def test_long_streams_leave_nothing_behind() -> None:
 
 
 def test_no_more_requests_of_a_step_than_allowed_are_in_flight() -> None:
-    config = ensemble(
-        "IN", "OUT", step("double", {"A": "IN"}, {"B": "OUT"}), extra="max_inflight_requests: 2"
-    )
+    config = ensemble("IN", "OUT", step("double", {"A": "IN"}, {"B": "OUT"}), extra="max_inflight_requests: 2")
     core = SmallCore(config, DOUBLE)
     answers = [core.send(IN=[[value]]) for value in range(5)]
     assert len(core.waiting) == 2

@@ -98,9 +98,7 @@ def test_answers_of_two_decoupled_steps_can_not_be_joined() -> None:
         "P", "Q", step("stream", {"A": "P"}, {"B": "a"}), step("stream", {"A": "P"}, {"B": "b"}),
         step("add_sub", {"INPUT0": "a", "INPUT1": "b"}, {"OUTPUT0": "Q"}),
     )  # fmt: skip
-    with pytest.raises(
-        InvalidArgument, match="step of model 'add_sub' receives inputs originated from different"
-    ):
+    with pytest.raises(InvalidArgument, match="step of model 'add_sub' receives inputs originated from different"):
         check_ensemble(config, lookup)
 
 

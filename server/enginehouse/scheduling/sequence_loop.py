@@ -1,0 +1,433 @@
+"""The loop that performs the decisions for sequences: one lane of slots for each instance.
+
+A request first waits in its sequence, whose requests run one after the other. Everything runs as callbacks
+on the server's loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from enginehouse.errors import EnginehouseError, FailureReason, InvalidArgument, Unavailable
+from enginehouse.execution.contract import Batch, ExecutionTimes, InstanceHandle
+from enginehouse.scheduling.clock import Alarm, Clock, LoopClock
+from enginehouse.scheduling.contract import ExecutionObserver
+from enginehouse.scheduling.dynamic_batching import DynamicBatching, Wait
+from enginehouse.scheduling.in_flight import InFlight, cancelled, expired, stopped
+from enginehouse.scheduling.ordering import ResponseOrder
+from enginehouse.scheduling.queue import RequestQueue, Ticket
+from enginehouse.scheduling.rate_limiter import InstanceLimits, Unlimited
+from enginehouse.scheduling.sequence_batching import DirectBatching
+from enginehouse.scheduling.sequence_book import SequenceBook, SequenceRun
+from enginehouse.scheduling.sequence_controls import SequenceControls
+from enginehouse.scheduling.sequence_state import SequenceStates, zeros
+from enginehouse.types import InferRequest, InferResponse
+
+
+@dataclass
+class SequenceOptions:
+    """How one version's sequences are batched."""
+
+    model_name: str
+    batching: DirectBatching | DynamicBatching
+    """DynamicBatching stands for the strategy `oldest`."""
+    controls: SequenceControls
+    states: SequenceStates
+    num_slots: int
+    max_idle_ns: int
+    shape_key: Callable[[InferRequest], Hashable]
+    preserves_order: bool = False
+    is_iterative: bool = False
+    hold_until_queued: int = 0
+    hold_until_backlog: int = 0
+    max_waiting: int = 100_000
+
+
+@dataclass(eq=False)
+class InstanceLane:
+    """The slots of one instance, and what is on its way there."""
+
+    index: int
+    instance: InstanceHandle
+    slots: list[SequenceRun | None]
+    ready: RequestQueue = field(default_factory=RequestQueue)
+    """`oldest` only: the next request of each sequence that is not running."""
+    num_batches: int = 0
+    is_retired: bool = False
+    is_due: bool = False
+    wait: Wait | None = None
+
+
+class SequenceScheduler:
+    """The contract's Scheduler for models with sequence batching."""
+
+    def __init__(
+        self,
+        options: SequenceOptions,
+        instances: Sequence[InstanceHandle],
+        observer: ExecutionObserver,
+        clock: Clock | None = None,
+        limits: InstanceLimits | None = None,
+    ) -> None:
+        self._options = options
+        self._observer = observer
+        self._clock = clock or LoopClock()
+        self._limits = limits or Unlimited()
+        self._limits.on_room = self._look_everywhere
+        self._in_flight = InFlight(observer)
+        order = ResponseOrder(self._in_flight.deliver) if options.preserves_order else None
+        self._order = order
+        self._deliver = order.respond if order is not None else self._in_flight.deliver
+        self._book = SequenceBook(options.model_name, options.max_idle_ns)
+        self._lanes: dict[InstanceHandle, InstanceLane] = {}
+        self._lane_numbers = count()
+        self._alarm = Alarm(self._clock, self._on_alarm)
+        self._num_waiting = 0
+        self._next_deadline_ns = 0
+        self._is_holding = bool(options.hold_until_queued or options.hold_until_backlog)
+        self._is_closed = False
+        self._iterations = count(1)
+        self.set_instances(instances)
+
+    # --- the contract
+
+    @property
+    def num_pending(self) -> int:
+        return self._num_waiting
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._in_flight.num_requests
+
+    def submit(self, request: InferRequest) -> None:
+        if self._is_closed:
+            raise stopped(request)
+        if request.cancelled:
+            raise cancelled()
+        self._check(request)
+        now_ns = request.times.queued_ns = self._clock.now_ns()
+        ticket = Ticket(request, now_ns, self._options.shape_key(request))
+        sequence = self._book.admit(request, ticket, now_ns)
+        request.flow = sequence
+        request.on_cancel = self._cancel_waiting
+        self._in_flight.enter()
+        self._num_waiting += 1
+        if request.deadline_ns and not 0 < self._next_deadline_ns < request.deadline_ns:
+            self._next_deadline_ns = request.deadline_ns
+        self._settle(sequence)
+        self._set_alarm()
+
+    def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
+        """An instance that goes away or restarts has lost what its model knew: its sequences end."""
+        usable = [instance for instance in instances if instance.available]
+        for instance in [known for known in self._lanes if known not in usable]:
+            self._lose(self._lanes.pop(instance))
+        for instance in usable:
+            if instance not in self._lanes:
+                slots: list[SequenceRun | None] = [None] * self._options.num_slots
+                lane = InstanceLane(next(self._lane_numbers), instance, slots)
+                self._lanes[instance] = lane
+                self._book.add_slots(lane, self._options.num_slots)
+        for sequence in self._book.fill():
+            self._settle(sequence)
+
+    async def drain(self) -> None:
+        await self._in_flight.drained()
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._limits.close()
+        for sequence in self._book.sequences:
+            self._end(sequence, stopped)
+        self._alarm.set(0)
+
+    # --- accepting
+
+    def _check(self, request: InferRequest) -> None:
+        model = self._options.model_name
+        if request.batch_size > 1:
+            raise InvalidArgument(
+                f"inference request to model '{model}' must specify batch-size 1 due to requirements of "
+                f"sequence batcher"
+            )
+        if self._options.is_iterative:
+            request.sequence_start, request.sequence_end = True, False
+            request.correlation_id = request.correlation_id or next(self._iterations)
+        elif not request.correlation_id:
+            raise InvalidArgument(
+                f"inference request to model '{model}' must specify a non-zero or non-empty correlation ID"
+            )
+        if self._num_waiting >= self._options.max_waiting:
+            raise Unavailable(
+                f"[request id: {request.id or '<id_unknown>'}] Exceeds maximum queue size",
+                reason=FailureReason.REJECTED,
+            )
+        self._options.controls.check(request.correlation_id)
+
+    def _settle(self, sequence: SequenceRun) -> None:
+        """The sequence has a new request or a new slot: let its lane know."""
+        if self._options.is_iterative:
+            self._book.close(sequence)
+        lane = sequence.lane
+        if lane is None:
+            self._holds()
+            return
+        assert isinstance(lane, InstanceLane), "bug: the book knows only these lanes"
+        lane.slots[sequence.slot] = sequence
+        self._feed(lane, sequence)
+        self._look_soon(lane)
+
+    def _feed(self, lane: InstanceLane, sequence: SequenceRun) -> None:
+        """`oldest`: puts the sequence's next request among those that may be cut."""
+        if isinstance(self._options.batching, DynamicBatching) and sequence.waiting and not sequence.is_running:
+            sequence.is_running = True
+            ticket = Ticket(sequence.waiting[0].request, self._clock.now_ns(), sequence.waiting[0].shape_key)
+            sequence.waiting[0] = ticket
+            self._add_states_key(sequence, ticket)
+            lane.ready.add(ticket)
+
+    def _add_states_key(self, sequence: SequenceRun, ticket: Ticket) -> None:
+        """States of different shapes can't share a batch either."""
+        if self._options.states:
+            if ticket.request.sequence_start:
+                sequence.states = self._options.states.initial()
+            shapes = tuple(state.shape for state in sequence.states.values())
+            ticket.shape_key = (self._options.shape_key(ticket.request), shapes)
+
+    # --- deciding
+
+    def _look_soon(self, lane: InstanceLane) -> None:
+        if not lane.is_due:
+            lane.is_due = True
+            self._clock.call_soon(lambda: self._look(lane, self._clock.now_ns()))
+
+    def _look_everywhere(self) -> None:
+        for lane in list(self._lanes.values()):
+            self._look(lane, self._clock.now_ns())
+
+    def _look(self, lane: InstanceLane, now_ns: int) -> None:
+        lane.is_due = False
+        lane.wait = None
+        if isinstance(self._options.batching, DirectBatching):
+            self._look_direct(lane, self._options.batching, now_ns)
+        else:
+            self._look_oldest(lane, self._options.batching, now_ns)
+        self._set_alarm()
+
+    def _may_run(self, lane: InstanceLane, num_batches: int) -> bool:
+        return lane.num_batches < num_batches and not (lane.is_retired or self._holds())
+
+    def _look_direct(self, lane: InstanceLane, batching: DirectBatching, now_ns: int) -> None:
+        if not self._may_run(lane, 1):
+            return
+        for sequence in lane.slots:
+            if sequence is not None and sequence.waiting:
+                self._add_states_key(sequence, sequence.waiting[0])
+        decision = batching.decide(lane.slots, now_ns)
+        if isinstance(decision, Wait):
+            lane.wait = decision
+        elif decision is not None and self._limits.acquire(lane.instance):
+            pattern = next(sequence for sequence in decision.rows if sequence is not None)
+            null_of = pattern.waiting[0].request
+            requests = [
+                self._null_request(null_of) if sequence is None else self._cut(sequence, now_ns)
+                for sequence in decision.rows
+            ]
+            self._hand_over(lane, requests)
+
+    def _look_oldest(self, lane: InstanceLane, batching: DynamicBatching, now_ns: int) -> None:
+        while lane.ready.num_requests and self._may_run(lane, lane.instance.num_slots):
+            decision = batching.decide(lane.ready, now_ns)
+            if isinstance(decision, Wait):
+                lane.wait = decision
+            if decision is None or isinstance(decision, Wait) or not self._limits.acquire(lane.instance):
+                break
+            lane.ready.take(decision.tickets)
+            self._hand_over(lane, [self._cut(ticket.request.flow, now_ns) for ticket in decision.tickets])
+
+    def _holds(self) -> bool:
+        if self._is_holding:
+            num_backlog = sum(len(sequence.waiting) for sequence in self._book.backlog)
+            num_queued = self._num_waiting - num_backlog
+            options = self._options
+            self._is_holding = num_queued < options.hold_until_queued or num_backlog < options.hold_until_backlog
+            if not self._is_holding:
+                for lane in self._lanes.values():
+                    self._look_soon(lane)
+        return self._is_holding
+
+    # --- running
+
+    def _cut(self, sequence: SequenceRun, now_ns: int) -> InferRequest:
+        """The sequence's next request with everything in it that the model sees."""
+        request = sequence.waiting.popleft().request
+        self._num_waiting -= 1
+        sequence.is_running = True
+        sequence.runs_on = sequence.lane
+        request.times.started_ns = now_ns
+        request.on_cancel = self._cancel_running
+        options = self._options
+        for tensor in options.controls.tensors(
+            request.correlation_id, start=request.sequence_start, end=request.sequence_end
+        ):
+            request.inputs[tensor.name] = tensor
+        if options.states:
+            request.inputs.update(sequence.states)
+        if self._order is not None:
+            self._order.open(request)
+        return request
+
+    def _null_request(self, pattern: InferRequest) -> InferRequest:
+        """A row that nobody asked for: inputs of the same shape as the others', READY false."""
+        inputs = {name: zeros(name, tensor.datatype, tensor.shape) for name, tensor in pattern.inputs.items()}
+        for tensor in self._options.controls.tensors(0, start=False, end=False, ready=False):
+            inputs[tensor.name] = tensor
+        for name, state in pattern.flow.states.items():
+            inputs[name] = zeros(name, state.datatype, state.shape)
+        return InferRequest(pattern.model_name, inputs=inputs, batch_size=pattern.batch_size)
+
+    def _hand_over(self, lane: InstanceLane, requests: Sequence[InferRequest]) -> None:
+        lane.num_batches += 1
+        sequences = [request.flow for request in requests if request.flow is not None]
+        batch = Batch(
+            requests,
+            self._on_response,
+            self._on_done,
+            self._on_reschedule,
+            instance=lane.instance,
+            context=(lane, sequences),
+        )
+        lane.instance.execute(batch)
+
+    def _on_response(self, request: InferRequest, response: InferResponse) -> None:
+        sequence: SequenceRun | None = request.flow
+        if sequence is None:
+            return  # a null request's
+        states = self._options.states
+        if states and response.outputs:
+            sequence.states = states.after(sequence.states, response.outputs)
+            response.outputs = states.client_outputs(response.outputs, request.requested_outputs)
+        if response.final:
+            request.on_cancel = None
+        self._deliver(request, response)
+
+    def _on_reschedule(self, request: InferRequest) -> None:
+        """The model wants the request once more; it stays the only one of its sequence."""
+        sequence: SequenceRun = request.flow
+        request.sequence_start = False
+        if request.cancelled:
+            self._in_flight.refuse(request, cancelled())
+            return
+        request.on_cancel = self._cancel_waiting
+        sequence.waiting.appendleft(Ticket(request, self._clock.now_ns(), self._options.shape_key(request)))
+        self._num_waiting += 1
+
+    def _on_done(self, batch: Batch, times: ExecutionTimes, error: EnginehouseError | None) -> None:
+        lane: InstanceLane
+        lane, sequences = batch.context
+        real = [request for request in batch.requests if request.sink is not None]
+        self._observer.on_batch(real, lane.instance, times, error)
+        lane.num_batches -= 1
+        self._limits.release(lane.instance)
+        now_ns = self._clock.now_ns()
+        for sequence in sequences:
+            sequence.is_running = False
+            self._book.touch(sequence, now_ns)
+            self._finish_if_over(sequence)
+            if sequence.lane is lane:
+                self._feed(lane, sequence)
+        self._look(lane, now_ns)
+
+    # --- ending
+
+    def _finish_if_over(self, sequence: SequenceRun) -> None:
+        if sequence.is_over:
+            self._finish(sequence)
+
+    def _finish(self, sequence: SequenceRun) -> None:
+        """Its slot goes to the next sequence of the backlog."""
+        lane = sequence.lane
+        if isinstance(lane, InstanceLane):
+            lane.slots[sequence.slot] = None
+        following = self._book.finish(sequence)
+        if following is not None:
+            self._settle(following)
+
+    def _end(self, sequence: SequenceRun, error_of: Callable[[InferRequest], EnginehouseError], keep: int = 0) -> None:
+        """Refuses the sequence's waiting requests but the first `keep`, and lets it end with those."""
+        self._book.close(sequence)
+        refused = list(sequence.waiting)[keep:]
+        for ticket in refused:
+            sequence.waiting.pop()
+            self._num_waiting -= 1
+            if ticket.level is not None:  # among those that may be cut
+                assert isinstance(sequence.lane, InstanceLane), "bug: only sequences with a slot are fed"
+                sequence.lane.ready.take((ticket,))
+                sequence.is_running = False
+        self._finish_if_over(sequence)
+        for ticket in refused:
+            self._in_flight.refuse(ticket.request, error_of(ticket.request))
+
+    def _cancel_waiting(self, request: InferRequest) -> None:
+        """What follows in the sequence can't be right without this request: it ends here."""
+        sequence: SequenceRun = request.flow
+        position = next(i for i, ticket in enumerate(sequence.waiting) if ticket.request is request)
+        self._end(sequence, lambda _: cancelled(), keep=position if sequence.lane is not None else 0)
+
+    def _cancel_running(self, request: InferRequest) -> None:
+        lane = request.flow.runs_on
+        assert isinstance(lane, InstanceLane), "bug: a running request was cut on a lane"
+        lane.instance.cancel(request)
+
+    def _lose(self, lane: InstanceLane) -> None:
+        self._book.retire(lane)
+        model, instance = self._options.model_name, lane.instance.name
+
+        def lost(request: InferRequest) -> Unavailable:
+            return Unavailable(
+                f"sequence {request.correlation_id} of model '{model}' is lost: its instance '{instance}' stopped",
+                reason=FailureReason.BACKEND,
+            )
+
+        for sequence in self._book.sequences_of(lane):
+            self._end(sequence, lost)
+
+    # --- time
+
+    def _set_alarm(self) -> None:
+        moments = [lane.wait.until_ns for lane in self._lanes.values() if lane.wait is not None]
+        moments += [self._book.next_idle_ns, self._book.next_expiry_ns, self._next_deadline_ns]
+        when_ns = min((moment for moment in moments if moment), default=0)
+        # ringing too early does no harm, setting a timer for every request does
+        if not 0 < self._alarm.when_ns <= when_ns:
+            self._alarm.set(when_ns)
+
+    def _on_alarm(self, now_ns: int) -> None:
+        for sequence in self._book.idle(now_ns):
+            self._book.close(sequence)
+            self._finish(sequence)
+        for sequence in self._book.expired(now_ns):
+            self._end(sequence, lambda _: _sequence_expired())
+        if 0 < self._next_deadline_ns <= now_ns:
+            self._expire(now_ns)
+        for lane in list(self._lanes.values()):
+            if lane.wait is not None and lane.wait.until_ns <= now_ns:
+                self._look(lane, now_ns)
+        self._set_alarm()
+
+    def _expire(self, now_ns: int) -> None:
+        self._next_deadline_ns = 0
+        for sequence in self._book.sequences:
+            for position, ticket in enumerate(sequence.waiting):
+                deadline_ns = ticket.request.deadline_ns
+                if 0 < deadline_ns <= now_ns:
+                    self._end(sequence, lambda _: expired(), keep=position)
+                    break
+                if deadline_ns and not 0 < self._next_deadline_ns < deadline_ns:
+                    self._next_deadline_ns = deadline_ns
+
+
+def _sequence_expired() -> Unavailable:
+    return Unavailable("timeout of the corresponding sequence has been expired", reason=FailureReason.REJECTED)
