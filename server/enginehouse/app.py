@@ -20,6 +20,7 @@ from enginehouse.execution.hosts import ModelHosts, host_options
 from enginehouse.frontends.serving import FrontEnd, front_ends
 from enginehouse.observe.logs import ServerLogging, escaping_wanted, log_settings
 from enginehouse.observe.metrics import Metrics
+from enginehouse.observe.metrics_settings import MetricsSettings
 from enginehouse.observe.tables import models_table
 from enginehouse.observe.tracing import TraceSettings
 from enginehouse.options import ModelControlMode, ServerOptions
@@ -45,7 +46,7 @@ class Server:
     def __init__(self, options: ServerOptions, logs: ServerLogging) -> None:
         self.options = options
         self.registry = Registry()
-        self.metrics = Metrics.of(options)
+        self.metrics = Metrics(MetricsSettings.from_options(options))
         self.core = Core(
             self.registry,
             options=options,
@@ -73,7 +74,6 @@ class Server:
         )
         self.core.lifecycle = self.lifecycle
         self.core.source = self.source
-        self.metrics.watch(self.registry, self.hosts)
         self._front_ends: Sequence[FrontEnd] = ()
         self._watcher: asyncio.Task[None] | None = None
 

@@ -22,6 +22,7 @@ from enginehouse.errors import (
     Unavailable,
     Unsupported,
 )
+from enginehouse.observe.logs import log_for_model
 from enginehouse.repository.definition import Override
 from enginehouse.repository.lifecycle import Lifecycle
 from enginehouse.repository.registry import IndexEntry, Registry, ServedVersion
@@ -282,12 +283,12 @@ class Core:
         return self.registry.find(name, version).decoupled
 
     def log(self, level: str, message: str, file: str, line: int) -> None:
-        self.logs.write(level, message, file, line)
+        log_for_model(level, message, file, line)
 
     def metric(
         self, model: str, version: int, operation: str, family: str, labels: Mapping[str, str], value: Any
     ) -> Any:
-        return self.metrics.custom(model, version, operation, family, labels, value)
+        return self.metrics.custom.call(model, version, operation, family, labels, value)
 
     # --- control
 

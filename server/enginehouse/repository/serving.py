@@ -9,22 +9,22 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from enginehouse.backend import LoadContext
 from enginehouse.config import completion, tensors, validation
+from enginehouse.config.labels import read_labels
 from enginehouse.config.schema import ModelConfig
-from enginehouse.errors import Internal, InvalidArgument
+from enginehouse.errors import InvalidArgument
 from enginehouse.execution.contract import HostedModel, HostHealth, HostState
 from enginehouse.execution.hosts import ModelHosts
 from enginehouse.execution.placement import placements, with_explicit_groups
+from enginehouse.observe.metrics import Metrics
 from enginehouse.repository.definition import ModelDefinition
 from enginehouse.repository.registry import Registry, ServedVersion, VersionState
 from enginehouse.request_checks import RequestChecks
 from enginehouse.scheduling.build import build_scheduler
 from enginehouse.scheduling.contract import SubmitRequest
 from enginehouse.scheduling.ensemble_check import check_ensemble
-from enginehouse.scheduling.warmup import warm_up
 
 logger = logging.getLogger("enginehouse.repository")
 
@@ -38,7 +38,7 @@ class Serving:
         hosts: ModelHosts,
         submit: SubmitRequest,
         *,
-        metrics: Any,
+        metrics: Metrics,
         complete_configs: bool = True,
     ) -> None:
         self._registry = registry
@@ -99,13 +99,12 @@ class Serving:
         """The config with what the artifact says filled in, checked as a whole."""
         config = context.config
         is_ensemble = config.HasField("ensemble_scheduling")
+        if self._complete_configs and not is_ensemble:
+            found = await self._hosts.complete_config(context)
+            config = completion.merge_found(config, found)
+        config = await asyncio.to_thread(completion.at_load, config, context.version_directory)
         if not is_ensemble:
-            config = (
-                await self._hosts.complete_config(context)
-                if self._complete_configs
-                else with_explicit_groups(config, self._hosts.machine)
-            )
-        config = completion.at_load(config, context.version_directory)
+            config = with_explicit_groups(config, self._hosts.machine)
         validation.validate_tensors(config)
         return config
 
@@ -126,7 +125,7 @@ class Serving:
             ),
             checks=checks,
             reshapes_outputs=checks.reshapes_outputs,
-            statistics=self._metrics.statistics_of(config, version),
+            statistics=self._metrics.open_model(config, version, has_cache=config.response_cache.enable),
         )
 
     def _attach(self, served: ServedVersion, hosted: HostedModel) -> None:
@@ -144,14 +143,18 @@ class Serving:
             self._submit,
             lookup=self._config_of,
         )
-        await warm_up(served.config, directory, served.scheduler, served.checks)
+        self._metrics.watch(
+            served.statistics,
+            lambda: served.scheduler.num_pending,
+            lambda: len(served.hosted.instances) if served.hosted is not None else 1,
+        )
 
     async def _dismantle(self, served: ServedVersion) -> None:
         if served.scheduler is not None:
             served.scheduler.close()
         if served.hosted is not None:
             await served.hosted.close()
-        self._metrics.forget(served.statistics)
+        self._metrics.close_model(served.statistics)
 
     # --- what the host tells
 
@@ -178,16 +181,3 @@ class Serving:
     def _config_of(self, name: str, version: str) -> ModelConfig:
         return self._registry.find(name, version).config
 
-
-def read_labels(config: ModelConfig, directory: Path) -> dict[str, list[str]]:
-    """The lines of each output's label file. Raises Internal for one that can't be read."""
-    labels: dict[str, list[str]] = {}
-    for output in config.output:
-        if not output.label_filename:
-            continue
-        path = directory / output.label_filename
-        try:
-            labels[output.name] = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise Internal(f"failed to open text file for read {path}: {error.strerror}") from error
-    return labels
