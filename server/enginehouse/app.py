@@ -16,13 +16,12 @@ from pathlib import Path
 
 from enginehouse.core import Core
 from enginehouse.errors import EnginehouseError
-from enginehouse.execution.hosts import ModelHosts, host_options
+from enginehouse.execution.hosts import HostOptions, ModelHosts
 from enginehouse.frontends.serving import FrontEnd, front_ends
-from enginehouse.observe.logs import ServerLogging, escaping_wanted, log_settings
+from enginehouse.observe.logs import LogSettings, ServerLogging, escaping_wanted
 from enginehouse.observe.metrics import Metrics
 from enginehouse.observe.metrics_settings import MetricsSettings
 from enginehouse.observe.tables import models_table
-from enginehouse.observe.tracing import TraceSettings
 from enginehouse.options import ModelControlMode, ServerOptions
 from enginehouse.repository.lifecycle import Lifecycle
 from enginehouse.repository.registry import Registry
@@ -50,11 +49,11 @@ class Server:
         self.core = Core(
             self.registry,
             options=options,
-            tracing=TraceSettings.of(options),
+            tracing=None,
             logs=logs.settings,
             metrics=self.metrics,
         )
-        self.hosts = ModelHosts(self.core, host_options(options))
+        self.hosts = ModelHosts(self.core, _host_options(options))
         self.source = Repositories(
             [Path(root) for root in options.model_repository], variant=options.model_config_name
         )
@@ -148,6 +147,25 @@ class Server:
         return list(self.options.load_model)
 
 
+def _host_options(options: ServerOptions) -> HostOptions:
+    return HostOptions(
+        backend_directories=[Path(options.backend_directory)] if options.backend_directory else [],
+        cpu_for_missing_gpu=options.allow_cpu_fallback,
+    )
+
+
+def _log_settings(options: ServerOptions) -> LogSettings:
+    return LogSettings(
+        info=options.log_info,
+        warning=options.log_warning,
+        error=options.log_error,
+        verbose_level=options.log_verbose,
+        format_name=options.log_format.value,
+        file=options.log_file,
+        escape=escaping_wanted(os.environ),
+    )
+
+
 async def _started(front_end: FrontEnd) -> None:
     try:
         await front_end.start()
@@ -188,5 +206,5 @@ def run(options: ServerOptions) -> int:
     if missing:
         print(f"error: creating server: Internal - failed to stat file {missing[0]}", file=sys.stderr)
         return 1
-    with ServerLogging(log_settings(options, escape=escaping_wanted(os.environ))) as logs:
+    with ServerLogging(_log_settings(options)) as logs:
         return uvloop.run(_serve(options, logs))
