@@ -30,9 +30,7 @@ def classify(tensor: Tensor, num_classes: int, labels: Sequence[str], batched: b
     """
     datatype = tensor.datatype
     if datatype not in _CLASSIFIABLE:
-        raise InvalidArgument(
-            f"class result not available for output due to unsupported type '{datatype.wire_name}'"
-        )
+        raise InvalidArgument(f"class result not available for output due to unsupported type '{datatype.wire_name}'")
     num_rows = tensor.shape[0] if batched and tensor.shape else 1
     values = np.frombuffer(tensor.host_data(), datatype.numpy)
     rows = values.reshape(num_rows, -1) if num_rows else values.reshape(0, 0)

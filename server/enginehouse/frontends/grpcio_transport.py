@@ -43,9 +43,7 @@ class GrpcioServer:
         pool: DescriptorPool | None = None,
     ) -> None:
         """`services` are named by reflection, which finds their messages in `pool`."""
-        self._handlers = _Handlers(
-            methods, RestrictedApis(options.grpc_restricted_protocol, RESTRICTED_PREFIX)
-        )
+        self._handlers = _Handlers(methods, RestrictedApis(options.grpc_restricted_protocol, RESTRICTED_PREFIX))
         self._options = options
         self._services = services
         self._pool = pool

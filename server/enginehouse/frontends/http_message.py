@@ -1,6 +1,6 @@
 """Requests and answers as HTTP handlers see them: bytes and metadata, no object of any transport.
 
-A handler takes a request and returns a Reply; the transport (aiohttp_transport.py) moves the bytes.
+A handler takes a request and returns a Reply; the transport (http_transport.py) moves the bytes.
 """
 
 from __future__ import annotations

@@ -36,9 +36,7 @@ def raw_tensor(served: ServedVersion, data: memoryview) -> Tensor:
     num_fixed = math.prod(dim for dim in dims if dim >= 0)
     if datatype is DataType.BYTES:
         if num_open or num_fixed != 1:
-            raise InvalidArgument(
-                f"For BYTE datatype raw input '{spec.name}', the model must have input shape [1]"
-            )
+            raise InvalidArgument(f"For BYTE datatype raw input '{spec.name}', the model must have input shape [1]")
         text = memoryview(struct.pack("<I", data.nbytes) + data)
         return Tensor(spec.name, datatype, batch + dims, text)
     if num_open:

@@ -67,8 +67,7 @@ def _set_parameter(request: InferRequest, key: str, value: Any) -> None:
             as_bool(value)
         case _ if key.startswith(RESERVED_PREFIX):
             raise InvalidArgument(
-                "parameter keys starting with 'triton_' are reserved for Triton usage and should not be "
-                "specified."
+                "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified."
             )
         case _:
             request.parameters[key] = plain_parameter(key, value)
@@ -84,9 +83,7 @@ def plain_parameter(key: str, value: Any) -> ParameterValue:
         return value
     if isinstance(value, int):
         return value if MIN_INT64 <= value <= MAX_INT64 else float(value)
-    raise InvalidArgument(
-        f"parameter '{key}' has invalid type. It should be either 'int', 'bool', or 'string'."
-    )
+    raise InvalidArgument(f"parameter '{key}' has invalid type. It should be either 'int', 'bool', or 'string'.")
 
 
 class HeaderForwarding:
@@ -105,7 +102,5 @@ class HeaderForwarding:
             if self._pattern.fullmatch(name) is None:
                 continue
             if name.startswith(RESERVED_PREFIX) or name in _RESERVED_HEADERS:
-                raise InvalidArgument(
-                    f"parameter key '{name}' is reserved for Triton usage and should not be a header"
-                )
+                raise InvalidArgument(f"parameter key '{name}' is reserved for Triton usage and should not be a header")
             request.parameters[name] = value

@@ -24,9 +24,7 @@ class RestrictedApis:
     """`prefix` stands before the key in the header's name."""
 
     def __init__(self, groups: Iterable[RestrictedGroup], prefix: str = "") -> None:
-        self._secrets = {
-            Api(api): (prefix + group.key, group.value) for group in groups for api in group.apis
-        }
+        self._secrets = {Api(api): (prefix + group.key, group.value) for group in groups for api in group.apis}
 
     def missing_header(self, api: Api, header: Callable[[str], str | None]) -> str | None:
         """The header that this call lacks, or None if it may pass."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Protocol
 
 from enginehouse.core import Core
-from enginehouse.frontends.aiohttp_transport import AiohttpServer
 from enginehouse.frontends.grpcio_transport import GrpcioServer
 from enginehouse.frontends.http_message import HttpRequest, HttpResponse, Reply
 from enginehouse.frontends.http_routes import PathParts, Route, Router
+from enginehouse.frontends.http_transport import HttpServer
 from enginehouse.frontends.kserve_grpc.health import HealthMethods
 from enginehouse.frontends.kserve_grpc.methods import v2_methods
 from enginehouse.frontends.kserve_grpc.reflection import SERVICES, reflection_pool
@@ -45,7 +45,7 @@ def make_regions(options: ServerOptions) -> Regions:
 
 def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:
     router = v2_router(core, options, regions)
-    return AiohttpServer(
+    return HttpServer(
         router.handle,
         "HTTP",
         options.http_address,
@@ -66,7 +66,7 @@ def serve_metrics(core: Core, options: ServerOptions) -> FrontEnd:
         return HttpResponse(200, METRICS_TYPE, (text,))
 
     router = Router([Route("/metrics", ("GET",), None, metrics)], RestrictedApis(()))
-    return AiohttpServer(router.handle, "Metrics", options.metrics_host, options.metrics_port)
+    return HttpServer(router.handle, "Metrics", options.metrics_host, options.metrics_port)
 
 
 def front_ends(core: Core, options: ServerOptions) -> list[FrontEnd]:

@@ -147,8 +147,7 @@ def json_from_tensor(tensor: Tensor) -> list[Any]:
     datatype = tensor.datatype
     if datatype in (DataType.FP16, DataType.BF16):
         raise InvalidArgument(
-            f"sending {datatype.wire_name} data via JSON is not supported. Please use the binary data "
-            "format for output"
+            f"sending {datatype.wire_name} data via JSON is not supported. Please use the binary data format for output"
         )
     if datatype is DataType.BYTES:
         return [element.decode("utf-8", "replace") for element in tensor.numpy().reshape(-1).tolist()]

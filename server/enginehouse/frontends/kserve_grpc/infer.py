@@ -52,9 +52,7 @@ class InferDecoder:
         return request, empty_final
 
 
-def _datatype_error(
-    error: UnknownDatatype, message: ModelInferRequest, served: ServedVersion
-) -> InvalidArgument:
+def _datatype_error(error: UnknownDatatype, message: ModelInferRequest, served: ServedVersion) -> InvalidArgument:
     spec = served.inputs.get(error.input_name)
     if spec is None:
         return InvalidArgument(f"unexpected inference input '{error.input_name}' for model '{served.name}'")

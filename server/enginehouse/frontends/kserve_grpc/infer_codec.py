@@ -34,9 +34,7 @@ _CONTENTS: tuple[tuple[str, DataType, tuple[DataType, ...]], ...] = (
 )
 
 
-def decode_infer(
-    message: ModelInferRequest, request: InferRequest, options: OutputOptions, regions: Regions
-) -> bool:
+def decode_infer(message: ModelInferRequest, request: InferRequest, options: OutputOptions, regions: Regions) -> bool:
     """Fills request and options; true if the client wants empty final answers.
 
     `options.leases` may hold leases even when this raises: release them.
@@ -57,8 +55,7 @@ def decode_infer(
             options.leases.append(lease)
             if entry.HasField("contents"):
                 raise InvalidArgument(
-                    "unexpected 'content' provided when using shared memory for "
-                    + _input_text(entry, message)
+                    "unexpected 'content' provided when using shared memory for " + _input_text(entry, message)
                 )
             data = lease.view()
         elif entry.HasField("contents"):
@@ -228,9 +225,7 @@ def encode_parameters(parameters: Mapping[str, ParameterValue], into: Any) -> No
 
 def response_head(response: InferResponse) -> ModelInferResponse:
     """Everything but the outputs."""
-    message = ModelInferResponse(
-        model_name=response.model_name, model_version=response.model_version, id=response.id
-    )
+    message = ModelInferResponse(model_name=response.model_name, model_version=response.model_version, id=response.id)
     if response.parameters:
         encode_parameters(response.parameters, message.parameters)
     return message

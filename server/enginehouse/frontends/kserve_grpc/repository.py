@@ -18,9 +18,7 @@ class RepositoryMethods:
         request = parse(schema.RepositoryIndexRequest, data)
         response = schema.RepositoryIndexResponse()
         for entry in self._core.index(request.repository_name, request.ready):
-            response.models.add(
-                name=entry.name, version=entry.version, state=entry.state, reason=entry.reason
-            )
+            response.models.add(name=entry.name, version=entry.version, state=entry.state, reason=entry.reason)
         return response.SerializeToString()
 
     async def load(self, data: bytes, call: GrpcCall) -> bytes:

@@ -107,9 +107,7 @@ class _Session:
         except EnginehouseError as error:
             if exchange not in self._ordered:
                 self._ordered.append(exchange)
-            early = ModelStreamInferResponse(
-                error_message=str(error), infer_response=ModelInferResponse(id=message.id)
-            )
+            early = ModelStreamInferResponse(error_message=str(error), infer_response=ModelInferResponse(id=message.id))
             self._send(exchange, early.SerializeToString())
             self._end(exchange)
 

@@ -41,9 +41,7 @@ _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+)")
 
 
 class InferHandler:
-    def __init__(
-        self, core: Core, regions: Regions, forwarding: HeaderForwarding, max_input_bytes: int
-    ) -> None:
+    def __init__(self, core: Core, regions: Regions, forwarding: HeaderForwarding, max_input_bytes: int) -> None:
         self._core = core
         self._regions = regions
         self._forwarding = forwarding
@@ -128,9 +126,7 @@ class InferHandler:
         return HttpStream(200, EVENTS, _events(answers, options, served))
 
 
-async def _events(
-    answers: AnswerStream, options: OutputOptions, served: ServedVersion
-) -> AsyncIterator[Buffer]:
+async def _events(answers: AnswerStream, options: OutputOptions, served: ServedVersion) -> AsyncIterator[Buffer]:
     try:
         async for response in answers:
             if response.error is not None:
@@ -172,9 +168,7 @@ def _header_length(header: str | None, body_length: int) -> int:
     match = _LEADING_NUMBER.match(header)
     length = int(match[1]) if match else 0
     if not 0 <= length <= body_length:
-        raise _BadHeaderLength(
-            f"inference header size should be in range (0, {body_length}), got: {header.strip()}"
-        )
+        raise _BadHeaderLength(f"inference header size should be in range (0, {body_length}), got: {header.strip()}")
     return length
 
 

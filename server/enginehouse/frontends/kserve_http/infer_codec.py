@@ -73,9 +73,7 @@ def decode_infer(
     for entry in inputs:
         tensor = _decode_input(entry, tail, request, options, regions)
         if tensor.name in request.inputs:
-            raise InvalidArgument(
-                f"{request_text(request.id)}input '{tensor.name}' already exists in request"
-            )
+            raise InvalidArgument(f"{request_text(request.id)}input '{tensor.name}' already exists in request")
         request.inputs[tensor.name] = tensor
     if tail.num_left:
         raise InvalidArgument(f"unexpected additional input data for model '{request.model_name}'")
@@ -180,9 +178,7 @@ def _unsigned_parameter(parameters: dict[str, Any], key: str) -> int:
 
 def _lease(parameters: dict[str, Any], regions: Regions) -> Lease:
     name = _text_field(parameters, "shared_memory_region")
-    offset = (
-        _unsigned_parameter(parameters, "shared_memory_offset") if "shared_memory_offset" in parameters else 0
-    )
+    offset = _unsigned_parameter(parameters, "shared_memory_offset") if "shared_memory_offset" in parameters else 0
     size_key = "shared_memory_byte_size"
     num_bytes = _unsigned_parameter(parameters, size_key) if size_key in parameters else 0
     return regions.lease(name, offset, num_bytes)

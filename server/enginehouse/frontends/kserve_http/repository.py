@@ -46,9 +46,7 @@ class RepositoryHandlers:
     async def unload(self, http: HttpRequest, parts: PathParts) -> Reply:
         refuse_repository_name(parts["repository"])
         parameters = _parameters(http.body)
-        unload_dependents = (
-            as_bool(parameters["unload_dependents"]) if "unload_dependents" in parameters else False
-        )
+        unload_dependents = as_bool(parameters["unload_dependents"]) if "unload_dependents" in parameters else False
         await self._core.unload(parts["model"], unload_dependents)
         return HttpResponse(200)
 

@@ -48,9 +48,7 @@ class SharedMemoryHandlers:
         key = as_string(_needed(document, "key"))
         offset = as_unsigned(document["offset"]) if "offset" in document else 0
         num_bytes = as_unsigned(_needed(document, "byte_size"))
-        self._regions.register(
-            lambda: system.open_region(name, key, offset, num_bytes), name, RegionKind.SYSTEM
-        )
+        self._regions.register(lambda: system.open_region(name, key, offset, num_bytes), name, RegionKind.SYSTEM)
 
     def _register_cuda(self, name: str, document: Any) -> None:
         encoded = as_string(_needed(_needed(document, "raw_handle"), "b64"))
@@ -62,9 +60,7 @@ class SharedMemoryHandlers:
             handle = b""
         if len(handle) != cuda.HANDLE_BYTES:
             raise InvalidArgument("'raw_handle' must be a valid base64 encoded cudaIpcMemHandle_t")
-        self._regions.register(
-            lambda: cuda.open_region(name, handle, device_id, num_bytes), name, RegionKind.CUDA
-        )
+        self._regions.register(lambda: cuda.open_region(name, handle, device_id, num_bytes), name, RegionKind.CUDA)
 
 
 def _needed(document: Any, field: str) -> Any:

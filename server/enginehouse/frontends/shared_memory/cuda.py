@@ -83,9 +83,7 @@ def driver() -> Driver:
     try:
         return Driver(ctypes.CDLL("libcuda.so.1"))
     except OSError:
-        raise Unsupported(
-            "CUDA shared memory needs a GPU: this machine has no CUDA driver (libcuda.so.1)"
-        ) from None
+        raise Unsupported("CUDA shared memory needs a GPU: this machine has no CUDA driver (libcuda.so.1)") from None
 
 
 @dataclass(slots=True)

@@ -136,8 +136,7 @@ class Regions:
     def refuse_if_disabled(self) -> None:
         if not self.allowed:
             raise Unsupported(
-                "Client shared memory is disabled. Start the server with --allow-client-shm=true to enable "
-                "it."
+                "Client shared memory is disabled. Start the server with --allow-client-shm=true to enable it."
             )
 
     def _leave(self, region: Region) -> None:

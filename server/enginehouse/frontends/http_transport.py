@@ -1,0 +1,325 @@
+"""HTTP/1.1 under the handlers: sockets, keep-alive, backpressure, clients that leave.
+
+One task for each request, one request at a time for each connection. What is no HTTP closes the connection,
+as Triton does. A client that leaves cancels its handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import TypeAlias, cast
+
+from enginehouse.errors import InvalidArgument, Unavailable
+from enginehouse.frontends.compression import too_large
+from enginehouse.frontends.http1 import MAX_CHUNKS, BadRequest, Parser, Request
+from enginehouse.frontends.http_message import (
+    Buffer,
+    HttpRequest,
+    HttpResponse,
+    HttpStream,
+    Reply,
+    error_response,
+)
+
+Handle: TypeAlias = Callable[[HttpRequest], Awaitable[Reply]]
+
+_STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n" for s in HTTPStatus}
+_SCRATCH_BYTES = 65536
+_JOIN_LIMIT_BYTES = 65536
+_MAX_PIPELINED = 32
+_STALL_S = 120.0
+"""A request that is half sent and then silent for so long is given up."""
+_IDLE_S = 3600.0
+_logger = logging.getLogger(__name__)
+
+
+class HttpServer:
+    """Listens on one address and gives every request to `handle`."""
+
+    def __init__(
+        self,
+        handle: Handle,
+        name: str,
+        address: str,
+        port: int,
+        *,
+        max_body_bytes: int = 0,
+        reuse_port: bool = False,
+    ) -> None:
+        """`name` is for messages; `max_body_bytes` 0 is no limit; port 0 asks for a free one."""
+        self.handle = handle
+        self._name = name
+        self._address = address
+        self.port = port
+        self.max_body_bytes = max_body_bytes
+        self._reuse_port = reuse_port
+        self.connections: set[_Connection] = set()
+        self._listener: asyncio.Server | None = None
+        self._sweep: asyncio.TimerHandle | None = None
+        self.stopping = False
+
+    async def start(self) -> None:
+        """Raises Unavailable if the address is taken."""
+        loop = asyncio.get_running_loop()
+        try:
+            self._listener = await loop.create_server(
+                lambda: _Connection(self, loop),
+                self._address,
+                self.port,
+                reuse_port=self._reuse_port or None,
+                backlog=1024,
+            )
+        except OSError as error:
+            raise Unavailable(
+                f"failed to start {self._name} service: Unavailable - Socket '{self._address}:{self.port}' "
+                f"already in use ({error.strerror})"
+            ) from None
+        self.port = self._listener.sockets[0].getsockname()[1]
+        self._sweep = loop.call_later(_STALL_S / 2, self._close_stalled, loop)
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Takes no new connections, lets requests in flight end, then closes what is left."""
+        self.stopping = True
+        if self._sweep is not None:
+            self._sweep.cancel()
+        if self._listener is not None:
+            self._listener.close()
+        for connection in list(self.connections):
+            connection.close_when_idle()
+        tasks = [task for connection in self.connections if (task := connection.task) is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=grace_s)
+        for connection in list(self.connections):
+            connection.abort()
+
+    def _close_stalled(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = loop.time()
+        for connection in list(self.connections):
+            connection.close_if_stalled(now)
+        self._sweep = loop.call_later(_STALL_S / 2, self._close_stalled, loop)
+
+
+class _Connection(asyncio.BufferedProtocol):
+    """Parses, runs the handler, writes the reply, and so on until somebody closes."""
+
+    def __init__(self, server: HttpServer, loop: asyncio.AbstractEventLoop) -> None:
+        self._server = server
+        self._loop = loop
+        self._parser = Parser(server.max_body_bytes)
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._space: memoryview | None = None
+        self._waiting: deque[Request] = deque()
+        self._transport: asyncio.Transport | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._reading_paused = False
+        self._close_after: bool = False
+        self._last_heard = loop.time()
+        self.task: asyncio.Task[None] | None = None
+
+    # --- asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._server.connections.add(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self._transport = None
+        self._waiting.clear()
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        if self.task is not None:
+            self.task.cancel()
+
+    def eof_received(self) -> bool:
+        return False  # who sends no more listens no more
+
+    def get_buffer(self, size_hint: int) -> memoryview:
+        self._space = self._parser.body_space()
+        # A view of a body of a few bytes would cost more calls than it saves.
+        if self._space is None or len(self._space) < _SCRATCH_BYTES:
+            self._space = None
+            return self._scratch
+        return self._space
+
+    def buffer_updated(self, num_bytes: int) -> None:
+        self._last_heard = self._loop.time()
+        if self._space is not None:
+            self._space = None
+            request = self._parser.body_received(num_bytes)
+            if request is not None:
+                self._accept(request)
+            return
+        try:
+            for request in self._parser.feed(bytes(self._scratch[:num_bytes])):
+                self._accept(request)
+        except BadRequest as error:
+            for request in error.args[1]:
+                self._accept(request)
+            self._close_after = True
+            self._close_if_idle()
+            return
+        if self._parser.wants_continue and self._transport is not None and not self._busy:
+            self._parser.wants_continue = False
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def pause_writing(self) -> None:
+        self._writable = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None
+
+    # --- closing
+
+    @property
+    def _busy(self) -> bool:
+        return self.task is not None
+
+    def close_when_idle(self) -> None:
+        self._close_after = True
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        if not self._busy and not self._waiting and self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def close_if_stalled(self, now: float) -> None:
+        silent_s = now - self._last_heard
+        if not self._busy and silent_s > (_STALL_S if self._parser.in_request else _IDLE_S):
+            self.abort()
+
+    # --- requests
+
+    def _accept(self, request: Request) -> None:
+        if self._close_after:
+            return
+        self._waiting.append(request)
+        if not request.keep_alive:
+            self._close_after = True
+        if self.task is None:
+            self._next()
+        elif len(self._waiting) >= _MAX_PIPELINED and self._transport is not None:
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    def _next(self) -> None:
+        if self._waiting and self._transport is not None:
+            self.task = self._loop.create_task(self._serve(self._waiting.popleft()))
+            return
+        self.task = None
+        if self._transport is None:
+            return
+        if self._close_after:
+            self._transport.close()
+        elif self._reading_paused:
+            self._reading_paused = False
+            self._transport.resume_reading()
+
+    async def _serve(self, request: Request) -> None:
+        try:
+            reply: Reply | None = _refusal(request, self._server.max_body_bytes)
+            if reply is None:
+                reply = await self._server.handle(
+                    HttpRequest(
+                        request.method,
+                        request.path,
+                        request.query,
+                        request.headers,
+                        request.body,
+                        time.monotonic_ns(),
+                    )
+                )
+            await self._write(request, reply)
+        except asyncio.CancelledError:
+            if self._transport is None:
+                return  # the client has gone; this task is nobody's any more
+            raise
+        except Exception as error:
+            _logger.error("HTTP connection failed", exc_info=error)
+            self.abort()
+        self._next()
+
+    async def _write(self, request: Request, reply: Reply) -> None:
+        transport = self._transport
+        if transport is None:
+            return
+        last = (self._close_after and not self._waiting) or self._server.stopping
+        if isinstance(reply, HttpStream):
+            await self._write_stream(transport, request, reply, last)
+            return
+        size = 0
+        for part in reply.body:
+            size += len(part)
+        chunked = reply.chunked and request.minor_version == 1
+        framing = "Transfer-Encoding: chunked\r\n" if chunked else f"Content-Length: {size}\r\n"
+        head = _head(reply, framing, request, last)
+        if request.method == "HEAD":
+            transport.write(head)
+        elif chunked:
+            transport.write(b"".join((head, *map(_chunk, filter(len, reply.body)), b"0\r\n\r\n")))
+        elif size <= _JOIN_LIMIT_BYTES:
+            transport.write(b"".join((head, *reply.body)))
+        else:
+            transport.writelines((head, *reply.body))
+        if self._writable is not None:
+            await self._writable
+
+    async def _write_stream(
+        self, transport: asyncio.Transport, request: Request, reply: HttpStream, last: bool
+    ) -> None:
+        """HTTP/1.0 knows no chunks: there the end of the connection is the end of the answer."""
+        old = request.minor_version == 0
+        self._close_after = self._close_after or old
+        framing = "" if old else "Transfer-Encoding: chunked\r\n"
+        transport.write(_head(reply, framing, request, last or old))
+        try:
+            async for part in reply.chunks:
+                if part:
+                    transport.write(bytes(part) if old else _chunk(part))
+                if self._writable is not None:
+                    await self._writable
+            if not old:
+                transport.write(b"0\r\n\r\n")
+        finally:
+            close = getattr(reply.chunks, "aclose", None)
+            if close is not None:
+                await close()
+
+
+def _refusal(request: Request, max_body_bytes: int) -> HttpResponse | None:
+    if request.too_large:
+        has_tail = request.headers.get("inference-header-content-length") is not None
+        what = "request body size of" if has_tail else "request JSON size of"
+        return error_response(too_large(request.body_bytes, max_body_bytes, what))
+    if request.too_many_chunks:
+        return error_response(InvalidArgument(f"Chunked request body exceeds maximum of {MAX_CHUNKS} non-empty chunks"))
+    return None
+
+
+def _head(reply: HttpResponse | HttpStream, framing: str, request: Request, last: bool) -> bytes:
+    text = _STATUS_LINES.get(reply.status) or f"HTTP/1.1 {reply.status} \r\n"
+    text += framing
+    if reply.content_type:
+        text += f"Content-Type: {reply.content_type}\r\n"
+    for name, value in reply.headers:
+        text += f"{name}: {value}\r\n"
+    if last:
+        text += "Connection: close\r\n"
+    elif request.minor_version == 0:
+        text += "Connection: keep-alive\r\n"
+    return (text + "\r\n").encode("latin-1", "replace")
+
+
+def _chunk(part: Buffer) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(part), bytes(part))
