@@ -18,7 +18,7 @@ from enginehouse.core import Core
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution.hosts import HostOptions, ModelHosts
 from enginehouse.frontends.serving import FrontEnd, front_ends
-from enginehouse.observe.logs import LogSettings, ServerLogging, escaping_wanted
+from enginehouse.observe.logs import LogSettings, ServerLogging, escaping_wanted, unescaped
 from enginehouse.observe.metrics import Metrics
 from enginehouse.observe.metrics_settings import MetricsSettings
 from enginehouse.observe.tables import models_table
@@ -90,7 +90,7 @@ class Server:
         self.core.started = True
         index = self.core.index()
         rows = [(entry.name, entry.version, entry.state, entry.reason) for entry in index]
-        logger.info("\n%s", models_table(rows))
+        logger.info("\n%s", models_table(rows), extra=unescaped())
         if self.options.model_control_mode is ModelControlMode.POLL:
             self._watcher = asyncio.create_task(
                 follow(

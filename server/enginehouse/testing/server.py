@@ -42,7 +42,7 @@ class ServerProcess:
     ) -> None:
         self.http_port, self.grpc_port, self.metrics_port = (free_port() for _ in range(3))
         self._command = [
-            *(sys.executable, "-c", "from enginehouse.cli import main; main()", "serve"),
+            *(sys.executable, "-m", "enginehouse", "serve"),
             *(f"--model-repository={path}" for path in repositories),
             *("--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--allow-openai=false"),
             *(f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"),

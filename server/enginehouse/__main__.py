@@ -1,0 +1,5 @@
+"""`python -m enginehouse` is the command `enginehouse`."""
+
+from enginehouse.cli import main
+
+main()
