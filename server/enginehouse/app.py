@@ -22,6 +22,7 @@ from enginehouse.observe.logs import LogSettings, ServerLogging, escaping_wanted
 from enginehouse.observe.metrics import Metrics
 from enginehouse.observe.metrics_settings import MetricsSettings
 from enginehouse.observe.tables import models_table
+from enginehouse.observe.tracing import TraceSettings
 from enginehouse.options import ModelControlMode, ServerOptions
 from enginehouse.repository.lifecycle import Lifecycle
 from enginehouse.repository.registry import Registry
@@ -49,7 +50,7 @@ class Server:
         self.core = Core(
             self.registry,
             options=options,
-            tracing=None,
+            tracing=TraceSettings.of(options),
             logs=logs.settings,
             metrics=self.metrics,
         )
@@ -117,6 +118,8 @@ class Server:
         except TimeoutError:
             logger.error("Exit timeout expired. Exiting immediately.")
         await self.hosts.close()
+        self.core.tracing.close()
+        self.metrics.close()
 
     async def _take_down(self) -> None:
         closing = asyncio.ensure_future(self.lifecycle.close())

@@ -168,6 +168,8 @@ class Core:
                 reason=FailureReason.OTHER,
             )
         served.last_used_ns = time.monotonic_ns()
+        if request.trace is not None:
+            request.trace.follow(request, served.version)
         if served.reshapes_outputs:
             request.sink = served.checks.reshaping_sink(request.sink)
         try:

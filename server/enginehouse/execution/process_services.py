@@ -57,7 +57,7 @@ class ServiceDesk:
         running = worker.batches.get(message.parent_batch_id)
         if running is not None:
             parent = running.batch.requests[message.parent_index]
-            request.trace = parent.trace
+            request.trace = parent.trace.child() if parent.trace is not None else None
             request.tenant = request.tenant or parent.tenant
         key = (worker, message.call_id)
 

@@ -272,7 +272,7 @@ class EnsembleRun:
             timeout_us=request.timeout_us,
             deadline_ns=request.deadline_ns,
             tenant=request.tenant,
-            trace=request.trace,
+            trace=request.trace.child() if request.trace is not None else None,
             sink=answers,
         )
 
