@@ -25,6 +25,7 @@ from enginehouse.request_checks import RequestChecks
 from enginehouse.scheduling.build import build_scheduler
 from enginehouse.scheduling.contract import SubmitRequest
 from enginehouse.scheduling.ensemble_check import check_ensemble
+from enginehouse.scheduling.warmup import warm_up
 
 logger = logging.getLogger("enginehouse.repository")
 
@@ -142,12 +143,14 @@ class Serving:
             served.statistics,
             self._submit,
             lookup=self._config_of,
+            model_directory=directory,
         )
         self._metrics.watch(
             served.statistics,
             lambda: served.scheduler.num_pending,
             lambda: len(served.hosted.instances) if served.hosted is not None else 1,
         )
+        await warm_up(served.config, directory, instances, served.statistics, served.checks.check)
 
     async def _dismantle(self, served: ServedVersion) -> None:
         if served.scheduler is not None:
