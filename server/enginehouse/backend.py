@@ -69,6 +69,10 @@ class Services(Protocol):
         """Takes in cancellations and answers that have arrived, where no other thread does so."""
         ...
 
+    def listen(self) -> None:
+        """From now on a thread takes in what arrives, so that nobody need wait or poll."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class LoadContext:

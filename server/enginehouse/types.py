@@ -213,6 +213,9 @@ class InferResponse:
     id: str = ""
     has_response: bool = True
     """False for a bare final flag: the exchange ends and there is no answer to show."""
+    reschedule: bool = False
+    """From an instance instead of its final answer: iterative sequences want the request once more. Goes no
+    further than execution."""
 
 
 ResponseSink: TypeAlias = Callable[[InferResponse], None]

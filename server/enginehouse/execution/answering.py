@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from enginehouse.errors import EnginehouseError, FailureReason, error_of
+from enginehouse.errors import EnginehouseError, FailureReason, Unsupported, error_of
 from enginehouse.execution.contract import Batch, ExecutionTimes
 from enginehouse.types import InferRequest, InferResponse, Tensor
 
@@ -36,7 +36,22 @@ class RunningBatch:
         if response.final:
             self.finals_owed[index] = False
             self.num_owed -= 1
+        if response.reschedule:
+            self._reschedule(index)
+            return
         self.batch.on_response(self.batch.requests[index], response)
+
+    def _reschedule(self, index: int) -> None:
+        request = self.batch.requests[index]
+        if self.batch.on_reschedule is not None:
+            self.batch.on_reschedule(request)
+            return
+        error = Unsupported(
+            f"model '{self.model_name}' wants a request to be rescheduled, which needs "
+            f"sequence_batching.iterative_sequence in its config",
+            reason=FailureReason.BACKEND,
+        )
+        self.batch.on_response(request, self.response(index, error=error))
 
     def release(self, times: ExecutionTimes, error: EnginehouseError | None) -> None:
         """The instance is free. With an error every request without a final answer gets it."""

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from enginehouse.backend import Backend, HostKind, LoadContext, MemoryNeeds, Placement
 from enginehouse.config.schema import ModelConfig, ModelServing
+from enginehouse.errors import InvalidArgument
 from enginehouse.execution import messages as m
 from enginehouse.execution.backends import BACKEND_MODEL_OPTION, BackendSource, find_backend
 from enginehouse.execution.contract import HostedModel, HostHealth, MemoryEntry, ServerServices
-from enginehouse.execution.devices import CpuRuntime, DeviceRuntime
+from enginehouse.execution.devices import CpuRuntime, CudaRuntime, DeviceRuntime, SimulatedRuntime
 from enginehouse.execution.ledger import Ledger
 from enginehouse.execution.mailbox import Mailbox
 from enginehouse.execution.placement import Machine, placements, with_explicit_groups
@@ -27,6 +29,9 @@ from enginehouse.execution.spawning import Launch
 from enginehouse.execution.supervision import SupervisionPolicy
 from enginehouse.execution.thread_host import ThreadHostedModel, load_in_threads
 
+if TYPE_CHECKING:
+    from enginehouse.options import ServerOptions
+
 
 @dataclass(frozen=True, slots=True)
 class HostOptions:
@@ -35,10 +40,35 @@ class HostOptions:
     backend_directories: Sequence[Path] = ()
     cpu_for_missing_gpu: bool = False
     """Run KIND_GPU groups on the CPU where there is no GPU, instead of refusing the model."""
-    memory_limits: Mapping[str, int] = field(default_factory=dict)
-    """Bytes by device ("cpu", "cuda:0", …) that models may use; without one, all of it."""
+    memory_limits: Mapping[str, int | float] = field(default_factory=dict)
+    """By device ("cpu", "cuda:0", …): bytes that models may use, or a fraction; without one, all of it."""
     supervision: SupervisionPolicy = field(default_factory=SupervisionPolicy)
     """What holds for a model whose config says nothing else."""
+    backend_settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """From --backend-config, by backend; "" is for every backend."""
+    default_hosts: Mapping[str, HostKind] = field(default_factory=dict)
+    """By backend, where the config doesn't say."""
+    simulated_gpu_bytes: Sequence[int] = ()
+
+
+def host_options(options: ServerOptions) -> HostOptions:
+    """What the command line says about execution."""
+    directory = options.backend_directory
+    defaults = {setting.key: HostKind(setting.value) for setting in options.default_host}
+    return HostOptions(
+        backend_directories=[Path(directory)] if directory else [],
+        cpu_for_missing_gpu=options.allow_cpu_fallback,
+        memory_limits={limit.device: limit.num_bytes or limit.fraction for limit in options.memory_limit},
+        supervision=SupervisionPolicy(
+            max_restarts=options.host_restart_limit,
+            window_s=options.host_restart_window_secs,
+            stopped_timeout_s=options.host_heartbeat_timeout_secs,
+            start_timeout_s=options.host_start_timeout_secs,
+        ),
+        backend_settings=options.backend_options,
+        default_hosts=defaults,
+        simulated_gpu_bytes=options.simulated_device,
+    )
 
 
 class ModelHosts:
@@ -52,12 +82,13 @@ class ModelHosts:
     ) -> None:
         self.services = services
         self.options = options or HostOptions()
-        self.runtimes = runtimes or (CpuRuntime(),)
+        self.runtimes = runtimes or default_runtimes(self.options)
         devices = [device for runtime in self.runtimes for device in runtime.devices()]
         self.machine = Machine(
             [device.name for device in devices if device.name != "cpu"], self.options.cpu_for_missing_gpu
         )
-        self.ledger = Ledger({device.name: device.total_bytes for device in devices}, self.options.memory_limits)
+        totals = {device.name: device.total_bytes for device in devices}
+        self.ledger = Ledger(totals, limits_in_bytes(totals, self.options.memory_limits))
         self._backends: dict[str, Backend] = {}
         self._mailbox: Mailbox | None = None
         self._desk: ServiceDesk | None = None
@@ -101,7 +132,7 @@ class ModelHosts:
         on_health: Callable[[HostHealth], None],
     ) -> HostedModel:
         hosted: ThreadHostedModel | ProcessHostedModel
-        if wanted_host(context.config, backend) is HostKind.THREAD:
+        if wanted_host(context.config, backend, self.options.default_hosts) is HostKind.THREAD:
             context = replace(context, services=self._services_for(context))
             hosted = await load_in_threads(backend, context, wanted, self._results())
         else:
@@ -172,11 +203,12 @@ class ModelHosts:
             self._mailbox = Mailbox(asyncio.get_running_loop())
         return self._mailbox
 
-    @staticmethod
-    def _with_backend_options(context: LoadContext, source: BackendSource) -> LoadContext:
-        if not source.model_file:
-            return context
-        return replace(context, backend_options={**context.backend_options, BACKEND_MODEL_OPTION: source.model_file})
+    def _with_backend_options(self, context: LoadContext, source: BackendSource) -> LoadContext:
+        settings = self.options.backend_settings
+        options = {**settings.get("", {}), **settings.get(source.name, {}), **context.backend_options}
+        if source.model_file:
+            options[BACKEND_MODEL_OPTION] = source.model_file
+        return replace(context, backend_options=options)
 
 
 def model_source(source: BackendSource, context: LoadContext) -> m.ModelSource:
@@ -199,11 +231,35 @@ def declared_memory(config: ModelConfig) -> MemoryNeeds | None:
     return MemoryNeeds(memory.weights_bytes, memory.workspace_bytes_per_instance, memory.kv_bytes)
 
 
-def wanted_host(config: ModelConfig, backend: Backend) -> HostKind:
-    """The config's `serving.host`, else what the backend prefers."""
+def default_runtimes(options: HostOptions) -> Sequence[DeviceRuntime]:
+    """What this machine has; simulated GPUs take the place of real ones."""
+    if options.simulated_gpu_bytes:
+        gpus = {f"simulated:{number}": size for number, size in enumerate(options.simulated_gpu_bytes)}
+        return (CpuRuntime(), SimulatedRuntime(gpus))
+    return (CpuRuntime(), CudaRuntime())
+
+
+def limits_in_bytes(totals: Mapping[str, int], limits: Mapping[str, int | float]) -> dict[str, int]:
+    """Raises InvalidArgument for a device that this machine lacks."""
+    for device in limits:
+        if device not in totals:
+            raise InvalidArgument(f"memory limit for '{device}': this machine has {', '.join(totals)}")
+    return {
+        device: limit if isinstance(limit, int) else int(limit * totals[device]) for device, limit in limits.items()
+    }
+
+
+def wanted_host(config: ModelConfig, backend: Backend, defaults: Mapping[str, HostKind]) -> HostKind:
+    """The config's `serving.host`, else the server's default for the backend, else what the backend prefers.
+
+    Raises InvalidArgument for a thread host that the backend can't live in.
+    """
     chosen = {
         ModelServing.HOST_THREAD: HostKind.THREAD,
         ModelServing.HOST_PROCESS: HostKind.PROCESS,
         ModelServing.HOST_DEVICE: HostKind.DEVICE,
     }
-    return chosen.get(config.serving.host) or backend.host_kind(config)
+    wanted = chosen.get(config.serving.host) or defaults.get(config.backend) or backend.host_kind(config)
+    if wanted is HostKind.THREAD and backend.process_per_instance:
+        raise InvalidArgument(f"model '{config.name}': backend '{config.backend}' runs in processes, not in threads")
+    return wanted

@@ -54,52 +54,14 @@ OutputRule: TypeAlias = Callable[[Tensor, Sequence[InferRequest]], Sequence[Tens
 """One output of the batch as one tensor for each request, in their order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reshape:
-    """A config's `reshape`: how the model's shape differs from the client's (batch axis not counted)."""
-
-    dims: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def to_model(self, shape: Sequence[int], has_batch_axis: bool) -> tuple[int, ...]:
-        return _reshape(shape, self.dims, self.shape, has_batch_axis)
-
-    def to_client(self, shape: Sequence[int], has_batch_axis: bool) -> tuple[int, ...]:
-        return _reshape(shape, self.shape, self.dims, has_batch_axis)
-
-
-def _reshape(
-    shape: Sequence[int], source: Sequence[int], target: Sequence[int], has_batch_axis: bool
-) -> tuple[int, ...]:
-    """`target` with its variable dimensions taken in order from those of `shape`, which is like `source`."""
-    first = 1 if has_batch_axis else 0
-    actual = shape[first:]
-    if len(actual) != len(source):
-        return tuple(shape)
-    variable = iter(size for size, dim in zip(actual, source, strict=True) if dim == -1)
-    resized = tuple(next(variable, -1) if dim == -1 else dim for dim in target)
-    if -1 in resized or math.prod(resized) != math.prod(actual):
-        return tuple(shape)
-    return (*shape[:first], *resized)
-
-
 class Joiner:
     """What one version's config says about combining its requests. `input_rules` and `output_rules` hold
     the tensors that don't follow the plain rule (along the batch axis); by name."""
 
-    def __init__(
-        self,
-        has_batch_axis: bool,
-        output_names: Sequence[str] = (),
-        input_reshapes: Mapping[str, Reshape] | None = None,
-        output_reshapes: Mapping[str, Reshape] | None = None,
-    ) -> None:
-        self.has_batch_axis = has_batch_axis
+    def __init__(self, output_names: Sequence[str] = (), state_output_names: Sequence[str] = ()) -> None:
         self.output_names = frozenset(output_names)
-        self.input_reshapes = dict(input_reshapes or {})
-        self.output_reshapes = dict(output_reshapes or {})
-        self.state_outputs: frozenset[str] = frozenset()
-        """Outputs that the scheduler keeps for the sequence: they come along whatever a request asks for."""
+        self.state_output_names = frozenset(state_output_names)
+        """Given whether they were asked for or not: the sequence scheduler takes them."""
         self.input_rules: dict[str, InputRule] = {}
         self.output_rules: dict[str, OutputRule] = {}
         self.derived_inputs: list[Callable[[Sequence[InferRequest]], Sequence[JoinedTensor]]] = []
@@ -108,14 +70,7 @@ class Joiner:
     @classmethod
     def of_config(cls, config: ModelConfig) -> Joiner:
         states = [state.output_name for state in config.sequence_batching.state]
-        joiner = cls(
-            config.max_batch_size > 0,
-            [output.name for output in config.output] + states,
-            {t.name: Reshape(tuple(t.dims), tuple(t.reshape.shape)) for t in config.input if t.HasField("reshape")},
-            {t.name: Reshape(tuple(t.dims), tuple(t.reshape.shape)) for t in config.output if t.HasField("reshape")},
-        )
-        joiner.state_outputs = frozenset(states)
-        return joiner
+        return cls([output.name for output in config.output], states)
 
     # --- inputs
 
@@ -134,7 +89,7 @@ class Joiner:
 
     def _along_batch_axis(self, name: str, requests: Sequence[InferRequest]) -> JoinedTensor:
         first = requests[0].inputs[name]
-        shape = self.model_shape(first)
+        shape = first.shape
         if len(requests) == 1:
             data = first.host_data()
             return JoinedTensor(name, first.datatype, shape, (data,), data.nbytes)
@@ -142,25 +97,11 @@ class Joiner:
         rows = sum(request.inputs[name].shape[0] for request in requests)
         return JoinedTensor(name, first.datatype, (rows, *shape[1:]), parts, sum(p.nbytes for p in parts))
 
-    def model_inputs(self, request: InferRequest) -> dict[str, Tensor]:
-        """One request's own inputs as a model sees them that takes requests one by one."""
-        if not self.input_reshapes:
-            return request.inputs
-        return {
-            name: Tensor(name, tensor.datatype, self.model_shape(tensor), tensor.data)
-            for name, tensor in request.inputs.items()
-        }
-
-    def model_shape(self, tensor: Tensor) -> tuple[int, ...]:
-        """The tensor's shape as the model sees it."""
-        reshape = self.input_reshapes.get(tensor.name) if self.input_reshapes else None
-        return reshape.to_model(tensor.shape, self.has_batch_axis) if reshape else tensor.shape
-
     # --- outputs
 
     def requested_outputs(self, requests: Sequence[InferRequest]) -> list[str]:
         """What a whole batch must compute; empty for everything."""
-        names: dict[str, None] = dict.fromkeys(self.state_outputs)
+        names: dict[str, None] = dict.fromkeys(self.state_output_names)
         for request in requests:
             if not request.requested_outputs:
                 return []
@@ -174,7 +115,7 @@ class Joiner:
         """
         answers: list[list[Tensor]] = [[] for _ in requests]
         for output in outputs.values():
-            if output.name not in self.output_names:
+            if output.name not in self.output_names and output.name not in self.state_output_names:
                 continue
             rule = self.output_rules.get(output.name)
             if rule is not None:
@@ -185,28 +126,15 @@ class Joiner:
                 pieces = split_rows(output, [request.num_rows for request in requests])
             for request, answer, piece in zip(requests, answers, pieces, strict=True):
                 if self._is_wanted(piece.name, request):
-                    answer.append(self.client_output(piece))
+                    answer.append(piece)
         return answers
 
     def pick(self, request: InferRequest, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Of the outputs made for one request, those that it asked for and the config knows."""
-        return [
-            self.client_output(output)
-            for output in outputs
-            if output.name in self.output_names and self._is_wanted(output.name, request)
-        ]
+        return [output for output in outputs if self._is_wanted(output.name, request)]
 
     def _is_wanted(self, name: str, request: InferRequest) -> bool:
-        wanted = request.requested_outputs
-        return not wanted or name in wanted or name in self.state_outputs
-
-    def client_output(self, output: Tensor) -> Tensor:
-        """The output with the shape that clients see."""
-        reshape = self.output_reshapes.get(output.name) if self.output_reshapes else None
-        if reshape is None:
-            return output
-        shape = reshape.to_client(output.shape, self.has_batch_axis)
-        return Tensor(output.name, output.datatype, shape, output.data)
+        return name in (request.requested_outputs or self.output_names) or name in self.state_output_names
 
 
 def split_rows(output: Tensor, rows: Sequence[int]) -> list[Tensor]:

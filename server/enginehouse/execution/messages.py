@@ -74,6 +74,7 @@ class ResponseRef(msgspec.Struct, array_like=True):
     parameters: dict[str, bool | int | float | str] = {}
     model_name: str = ""
     model_version: str = ""
+    reschedule: bool = False
 
 
 class ModelSource(msgspec.Struct, array_like=True):

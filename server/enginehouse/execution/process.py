@@ -182,7 +182,7 @@ class WorkerProcess:
     def _send_requests(self, running: WorkerBatch, block: int, memory: memoryview) -> None:
         refs, offset = [], 0
         for request in running.batch.requests:
-            tensors, offset = write_tensors(running.joiner.model_inputs(request).values(), memory, offset)
+            tensors, offset = write_tensors(request.inputs.values(), memory, offset)
             refs.append(request_ref(request, tensors))
         freed = self.incoming.take_released()
         self.channel.send(m.Execute(running.batch_id, running.instance_id, block, memory.nbytes, [], [], refs, freed))

@@ -89,6 +89,7 @@ def response_ref(index: int, response: InferResponse, outputs: list[TensorRef]) 
         _plain(response.parameters),
         response.model_name,
         response.model_version,
+        response.reschedule,
     )
 
 
@@ -102,6 +103,7 @@ def response_of(ref: ResponseRef, memory: memoryview, request_id: str) -> InferR
         ref.model_version,
         request_id,
         ref.has_response,
+        ref.reschedule,
     )
 
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from enginehouse.errors import EnginehouseError, Internal
+from enginehouse.errors import EnginehouseError, Internal, error_of
 from enginehouse.execution.contract import ServerServices
 from enginehouse.execution.running import as_error
 from enginehouse.types import InferRequest, InferResponse
@@ -32,7 +32,8 @@ def submit_for_model(services: ServerServices, request: InferRequest, decoupled:
                 f"or 'async_exec' calls for decoupled models.'"
             )
         services.submit(request)
-    except EnginehouseError as error:
+    except EnginehouseError as problem:
+        error = error_of(problem.code, f"Model {name} - Error when running inference: {problem}")
         request.sink(InferResponse(error=error, model_name=name, model_version=version, id=request.id))
 
 
@@ -82,6 +83,9 @@ class LoopServices:
 
     def poll(self) -> None:
         """Nothing to do: the loop takes in answers and cancellations by itself."""
+
+    def listen(self) -> None:
+        """Nothing to do."""
 
     def _ask(self, question: Callable[[], T]) -> T:
         async def answer() -> T:

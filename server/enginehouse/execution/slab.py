@@ -189,7 +189,9 @@ class _BlockView(weakref.ref["Array"]):
 class ReaderSlab:
     """This process's side of the slab that the other one writes into."""
 
-    def __init__(self) -> None:
+    def __init__(self, writable: bool = False) -> None:
+        """`writable`: a block is the reader's to scribble on until it goes back."""
+        self._writable = writable
         self._segments: list[Segment] = []
         self._views: dict[int, _BlockView] = {}
         self.released: deque[int] = deque()
@@ -206,7 +208,7 @@ class ReaderSlab:
         if not 0 <= index < len(self._segments) or start + nbytes > self._segments[index].nbytes:
             raise ValueError(f"block {start}+{nbytes} is not inside segment {index}")
         block: Array = np.frombuffer(self._segments[index].map, np.uint8, nbytes, start)
-        block.flags.writeable = False
+        block.flags.writeable = self._writable
         view = _BlockView(block, self._on_last_view_gone)
         view.key = key
         self._views[key] = view

@@ -141,8 +141,7 @@ class ThreadInstance:
             mailbox.post(self._on_response, running, index, response)
 
         for index, request in enumerate(requests):
-            inputs = joiner.model_inputs(request)
-            running.views.append(view_for_instance(request, index, inputs, request.requested_outputs, respond))
+            running.views.append(view_for_instance(request, index, request.inputs, request.requested_outputs, respond))
         return run_requests(self.instance, start_ns, running.views)
 
 

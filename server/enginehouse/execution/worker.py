@@ -190,7 +190,7 @@ class Worker:
     """Everything in this process. Messages arrive on whichever thread reads the channel."""
 
     def __init__(self, sock: socket.socket, solo: bool) -> None:
-        self.channel = WorkerChannel(sock, self._on_message)
+        self.channel = WorkerChannel(sock, self._on_message, leave)
         self._solo = solo
         self._calls = WorkerCalls(self.channel)
         self._jobs: deque[Callable[[], None]] = deque()
@@ -201,29 +201,17 @@ class Worker:
         self._queued: set[int] = set()
         self._early_cancels: set[tuple[int, int]] = set()
         self._progress = memoryview(b"")
-        self._reader: threading.Thread | None = None
 
     def serve(self) -> None:
         """Until the server leaves."""
         self.channel.wait_until(lambda: self.channel.outgoing.num_segments > 0)
         _, self._progress = self.channel.allocate(m.PROGRESS_BYTES)
         if not self._solo:
-            self._read_in_thread()
+            self.channel.read_in_thread()
         has_jobs = self._jobs.__len__
         while True:
             self.channel.wait_until(lambda: has_jobs() > 0)
             self._jobs.popleft()()
-
-    def _read_in_thread(self) -> None:
-        if self._reader is None:
-            self._reader = threading.Thread(target=self._read_for_ever, name="channel", daemon=True)
-            self._reader.start()
-
-    def _read_for_ever(self) -> None:
-        try:
-            self.channel.wait_until(lambda: False)
-        except ChannelClosed:
-            leave()
 
     # --- messages
 
@@ -346,7 +334,7 @@ class Worker:
         if isinstance(instance, GenerativeInstance):
             instance.start(lambda events: self.channel.send(m.Events(message.instance_id, list(events))))
         elif isinstance(instance, RequestInstance) and not instance.polls_for_cancellation:
-            self._read_in_thread()
+            self.channel.read_in_thread()
         return hosted.kind()
 
     def _close(self, instance_id: int) -> None:
@@ -428,6 +416,8 @@ def leave() -> None:
 
 
 def main() -> None:
+    if sys.path[0] == os.getcwd():
+        del sys.path[0]  # python -m puts it there; a model shall not import what lies around
     descriptor, server_pid, mode = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     die_with(server_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -30,12 +30,15 @@ class ChannelClosed(BaseException):
 
 
 class WorkerChannel:
-    """`on_message` runs on whichever thread reads; it may not wait for another message."""
+    """`on_message` runs on whichever thread reads; it may not wait for another message. `on_closed` is called
+    on the thread of `read_in_thread`."""
 
-    def __init__(self, sock: socket.socket, on_message: Callable[[Any], None]) -> None:
+    def __init__(self, sock: socket.socket, on_message: Callable[[Any], None], on_closed: Callable[[], None]) -> None:
         sock.setblocking(True)
         self._socket = sock
         self._on_message = on_message
+        self._on_closed = on_closed
+        self._reader: threading.Thread | None = None
         self._frames = m.FrameReader(m.ToWorker)
         self._descriptors: deque[int] = deque()
         self._turn = threading.Condition()
@@ -43,7 +46,7 @@ class WorkerChannel:
         self._closed = False
         self._send_lock = threading.Lock()
         self._slab_lock = threading.Lock()
-        self.incoming = ReaderSlab()
+        self.incoming = ReaderSlab(writable=True)
         self.outgoing = WriterSlab()
         self._segment_wanted = False
         self._segment_refusals: list[str] = []
@@ -86,6 +89,18 @@ class WorkerChannel:
             raise ResourceExhausted(self._segment_refusals[-1])
 
     # --- receiving
+
+    def read_in_thread(self) -> None:
+        """From now on a thread reads, whatever the others do."""
+        if self._reader is None:
+            self._reader = threading.Thread(target=self._read_for_ever, name="channel", daemon=True)
+            self._reader.start()
+
+    def _read_for_ever(self) -> None:
+        try:
+            self.wait_until(lambda: False)
+        except ChannelClosed:
+            self._on_closed()
 
     def wait_until(self, done: Callable[[], bool], timeout_s: float | None = None) -> bool:
         """Blocks until `done()`, which some message makes true; reads for everyone meanwhile. The value of

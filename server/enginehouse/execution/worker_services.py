@@ -103,3 +103,6 @@ class ChannelServices:
 
     def poll(self) -> None:
         self._calls.channel.poll()
+
+    def listen(self) -> None:
+        self._calls.channel.read_in_thread()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import Internal
-from enginehouse.execution.joining import Joiner, Reshape, split_rows
+from enginehouse.execution.joining import Joiner, split_rows
 from enginehouse.types import Array, DataType, InferRequest, Tensor
 
 
@@ -20,7 +20,7 @@ def request_of(rows: int, requested: tuple[str, ...] = (), **arrays: Array) -> I
 
 def test_one_request_is_not_copied() -> None:
     array = np.arange(6, dtype=np.int32).reshape(2, 3)
-    [joined] = Joiner(True).join([request_of(2, X=array)])
+    [joined] = Joiner().join([request_of(2, X=array)])
     assert joined.shape == (2, 3)
     assert np.shares_memory(joined.gather().numpy(), array)
 
@@ -32,7 +32,7 @@ def test_joined_rows_are_the_requests_rows_in_order(rows: list[int], code: str) 
     if code != "O":
         arrays = [np.vectorize(len)(array).astype(code) for array in arrays]
     requests = [request_of(len(array), X=array) for array in arrays]
-    joiner = Joiner(True, ["Y"])
+    joiner = Joiner(["Y"])
     [joined] = joiner.join(requests)
     batch = joined.gather()
     answers = joiner.split(requests, {"Y": Tensor("Y", batch.datatype, batch.shape, batch.data)})
@@ -42,23 +42,8 @@ def test_joined_rows_are_the_requests_rows_in_order(rows: list[int], code: str) 
         assert bytes(answer.host_data()) == bytes(request.inputs["X"].host_data())
 
 
-def test_reshape_shows_the_model_its_own_shape_and_the_client_the_configs() -> None:
-    joiner = Joiner(True, ["Y"], {"X": Reshape((1,), ())}, {"Y": Reshape((1,), ())})
-    requests = [request_of(2, X=np.zeros((2, 1), np.int32)), request_of(1, X=np.zeros((1, 1), np.int32))]
-    [joined] = joiner.join(requests)
-    assert joined.shape == (3,)
-    first, second = joiner.split(requests, {"Y": Tensor.from_numpy("Y", np.zeros(3, np.int32))})
-    assert (first[0].shape, second[0].shape) == ((2, 1), (1, 1))
-
-
-def test_reshape_carries_variable_dimensions() -> None:
-    reshape = Reshape((-1, 4), (-1, 2, 2))
-    assert reshape.to_model((7, 4), has_batch_axis=False) == (7, 2, 2)
-    assert reshape.to_client((3, 7, 2, 2), has_batch_axis=True) == (3, 7, 4)
-
-
 def test_a_request_gets_what_it_asked_for_in_the_models_order() -> None:
-    joiner = Joiner(True, ["A", "B"])
+    joiner = Joiner(["A", "B"])
     requests = [request_of(1, ("B", "A"), X=np.zeros((1, 1))), request_of(1, ("B",), X=np.zeros((1, 1)))]
     outputs = {name: Tensor.from_numpy(name, np.zeros((2, 1))) for name in ("A", "UNKNOWN", "B")}
     names = [[tensor.name for tensor in answer] for answer in joiner.split(requests, outputs)]
@@ -67,7 +52,7 @@ def test_a_request_gets_what_it_asked_for_in_the_models_order() -> None:
 
 
 def test_everything_is_computed_if_one_request_asks_for_everything() -> None:
-    assert Joiner(True, ["A", "B"]).requested_outputs([request_of(1, ("A",)), request_of(1)]) == []
+    assert Joiner(["A", "B"]).requested_outputs([request_of(1, ("A",)), request_of(1)]) == []
 
 
 def test_output_with_other_rows_than_the_batch_is_the_models_fault() -> None:
@@ -76,13 +61,13 @@ def test_output_with_other_rows_than_the_batch_is_the_models_fault() -> None:
 
 
 def test_wrong_shape_of_a_single_request_passes_through() -> None:
-    answers = Joiner(True, ["Y"]).split([request_of(2)], {"Y": Tensor.from_numpy("Y", np.zeros(3))})
+    answers = Joiner(["Y"]).split([request_of(2)], {"Y": Tensor.from_numpy("Y", np.zeros(3))})
     assert answers[0][0].shape == (3,)
 
 
 def test_bf16_keeps_its_type() -> None:
     tensor = Tensor("X", DataType.BF16, (2, 2), memoryview(bytes(8)))
-    joined = Joiner(True).join([InferRequest("m", inputs={"X": tensor}, batch_size=2)] * 2)
+    joined = Joiner().join([InferRequest("m", inputs={"X": tensor}, batch_size=2)] * 2)
     assert (joined[0].datatype, joined[0].shape, joined[0].nbytes) == (DataType.BF16, (4, 2), 16)
 
 
@@ -96,3 +81,11 @@ def test_state_outputs_come_along_whatever_a_request_asks_for() -> None:
     outputs = {name: Tensor.from_numpy(name, np.zeros((1, 1), np.float32)) for name in ("Y", "Z", "S_OUT")}
     assert [tensor.name for tensor in joiner.split([request], outputs)[0]] == ["Y", "S_OUT"]
     assert [tensor.name for tensor in joiner.pick(request, list(outputs.values()))] == ["Y", "S_OUT"]
+
+
+def test_state_outputs_go_along_with_whatever_was_asked_for() -> None:
+    joiner = Joiner(["A", "B"], ["STATE"])
+    request = request_of(1, ("B",))
+    outputs = {name: Tensor.from_numpy(name, np.zeros((1, 1))) for name in ("A", "B", "STATE")}
+    assert [tensor.name for tensor in joiner.split([request], outputs)[0]] == ["B", "STATE"]
+    assert sorted(joiner.requested_outputs([request])) == ["B", "STATE"]
