@@ -8,12 +8,16 @@ import sys
 import click
 
 from enginehouse import __version__
+from enginehouse.config.commands import config_group
 
 
 @click.group()
 @click.version_option(__version__, prog_name="enginehouse")
 def main() -> None:
     """One server for every model that you have."""
+
+
+main.add_command(config_group)
 
 
 @main.command(

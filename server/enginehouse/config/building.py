@@ -201,7 +201,7 @@ class Builder:
             found = enum.values_by_name.get(node.text) if not node.quoted else None
             return found.number if found is not None else None
         wanted = node.text.lower()
-        prefix = _common_words([value.name for value in enum.values])
+        prefix = common_words([value.name for value in enum.values])
         for value in enum.values:
             if wanted in (value.name.lower(), value.name.removeprefix(prefix).lower()):
                 return int(value.number)
@@ -216,7 +216,7 @@ def build(message: M, root: Fields, *, is_text_format: bool) -> tuple[M, dict[st
     return message, builder.positions
 
 
-def _common_words(names: list[str]) -> str:
+def common_words(names: list[str]) -> str:
     """TYPE_ of TYPE_FP32, TYPE_BOOL, …: the words that all values begin with; never a whole name."""
     first, *others = [name.split("_") for name in names]
     count = 0
@@ -227,7 +227,7 @@ def _common_words(names: list[str]) -> str:
 
 def _nearest_value(word: str, enum: Descriptor) -> str:
     names = [value.name for value in enum.values]
-    prefix = _common_words(names)
+    prefix = common_words(names)
     short = nearest_match(word, [name.removeprefix(prefix) for name in names])
     return nearest_match(word, names) or (prefix + short if short else "")
 

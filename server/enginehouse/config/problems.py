@@ -42,11 +42,15 @@ class ConfigError(InvalidArgument):
         self.what = what
         self.allowed = allowed
         self.nearest = nearest
-        hints = [f"did you mean {nearest}?"] if nearest else []
-        if allowed:
-            hints.append(f"allowed: {allowed}")
         head = [part for part in (str(self.position), field) if part]
-        super().__init__("; ".join([": ".join([*head, what]), *hints]))
+        super().__init__(": ".join([*head, self.text_without_place()]))
+
+    def text_without_place(self) -> str:
+        """What was found, what was probably meant and what is allowed."""
+        hints = [f"did you mean {self.nearest}?"] if self.nearest else []
+        if self.allowed:
+            hints.append(f"allowed: {self.allowed}")
+        return "; ".join([self.what, *hints])
 
 
 @dataclass(frozen=True, slots=True)

@@ -461,10 +461,8 @@ class ModelServing(Message):
         weight: float
         max_queue_size: int
         max_inflight: int
-        max_requests_per_s: float
-        max_tokens_per_s: float
         priority: int
-        def __init__(self, *, name: str | None = ..., weight: float | None = ..., max_queue_size: int | None = ..., max_inflight: int | None = ..., max_requests_per_s: float | None = ..., max_tokens_per_s: float | None = ..., priority: int | None = ...) -> None: ...
+        def __init__(self, *, name: str | None = ..., weight: float | None = ..., max_queue_size: int | None = ..., max_inflight: int | None = ..., priority: int | None = ...) -> None: ...
 
     class PythonEnvironment(Message):
         interpreter: str
@@ -482,20 +480,6 @@ class ModelServing(Message):
         hang_timeout_s: float
         start_timeout_s: float
         def __init__(self, *, max_restarts: int | None = ..., window_s: float | None = ..., backoff_initial_s: float | None = ..., backoff_max_s: float | None = ..., hang_timeout_s: float | None = ..., start_timeout_s: float | None = ...) -> None: ...
-
-    class Traffic(Message):
-
-        class Weight(Message):
-            version: int
-            weight: float
-            def __init__(self, *, version: int | None = ..., weight: float | None = ...) -> None: ...
-        default_version: int
-        @property
-        def weights(self) -> RepeatedCompositeFieldContainer[ModelServing.Traffic.Weight]: ...
-        @property
-        def aliases(self) -> ScalarMap[str, int]: ...
-        shadow_version: int
-        def __init__(self, *, default_version: int | None = ..., weights: Iterable[ModelServing.Traffic.Weight] | None = ..., aliases: Mapping[str, int] | None = ..., shadow_version: int | None = ...) -> None: ...
 
     class Llm(Message):
         model: str
@@ -545,12 +529,10 @@ class ModelServing(Message):
     @property
     def supervision(self) -> ModelServing.Supervision: ...
     @property
-    def traffic(self) -> ModelServing.Traffic: ...
-    @property
     def llm(self) -> ModelServing.Llm: ...
     reload_cost_s: float
     device_host: str
-    def __init__(self, *, host: int | str | None = ..., load: int | str | None = ..., residency: int | str | None = ..., idle_unload_s: float | None = ..., memory: ModelServing.Memory | None = ..., batching: ModelServing.Batching | None = ..., padding: Iterable[ModelServing.Padding] | None = ..., unpadding: Iterable[ModelServing.Unpadding] | None = ..., tenants: Iterable[ModelServing.Tenant] | None = ..., python: ModelServing.PythonEnvironment | None = ..., supervision: ModelServing.Supervision | None = ..., traffic: ModelServing.Traffic | None = ..., llm: ModelServing.Llm | None = ..., reload_cost_s: float | None = ..., device_host: str | None = ...) -> None: ...
+    def __init__(self, *, host: int | str | None = ..., load: int | str | None = ..., residency: int | str | None = ..., idle_unload_s: float | None = ..., memory: ModelServing.Memory | None = ..., batching: ModelServing.Batching | None = ..., padding: Iterable[ModelServing.Padding] | None = ..., unpadding: Iterable[ModelServing.Unpadding] | None = ..., tenants: Iterable[ModelServing.Tenant] | None = ..., python: ModelServing.PythonEnvironment | None = ..., supervision: ModelServing.Supervision | None = ..., llm: ModelServing.Llm | None = ..., reload_cost_s: float | None = ..., device_host: str | None = ...) -> None: ...
 
 class ModelConfig(Message):
     name: str

@@ -26,6 +26,7 @@ from enginehouse.config.schema import (
     ModelQueuePolicy,
 )
 from enginehouse.config.sequences import check_sequence_batching
+from enginehouse.config.serving import check_serving, check_serving_tensors
 from enginehouse.errors import InvalidArgument
 
 TENSORRT_PLATFORM = "tensorrt_plan"
@@ -75,6 +76,7 @@ def check_structure(config: ModelConfig, directory_name: str | None = None) -> I
             "response_cache",
         )
     yield from _check_metrics(config.model_metrics)
+    yield from check_serving(config)
     if directory_name is not None and directory_name != name:
         yield Problem(
             f"unexpected directory name '{directory_name}' for model '{name}', directory name must equal "
@@ -172,6 +174,7 @@ def check_tensors(config: ModelConfig) -> Iterator[Problem]:
             yield Problem(problem.text + suffix, _join(f"output[{index}]", problem.field))
     for problem in _check_batch_tensors(config):
         yield Problem(problem.text + suffix, problem.field)
+    yield from check_serving_tensors(config)
 
 
 def _join(path: str, field: str) -> str:

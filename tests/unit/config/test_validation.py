@@ -194,3 +194,36 @@ def test_the_platform_ensemble_needs_steps() -> None:
     assert [found for _, found in problems("", head=ENSEMBLE)] == [
         "ensemble scheduling must be set for ensemble m whose platform is ensemble"
     ]
+
+
+PADDED = (
+    'max_batch_size: 4 input { name: "X" data_type: TYPE_FP32 dims: [ -1, 3 ] } '
+    'output { name: "Y" data_type: TYPE_FP32 dims: [ -1 ] } '
+)
+
+
+@pytest.mark.parametrize(
+    ("serving", "field", "expected"),
+    [
+        ('padding { input: "Z" }', "padding[0].input", "there is no 'Z', only 'X'"),
+        ('padding { input: "X" axis: 1 }', "padding[0].axis", "axis 1 of 'X' always has 3 elements"),
+        ('padding { input: "X" axis: 2 }', "padding[0].axis", "'X' has no axis 2, its dims are [-1, 3]"),
+        ('padding { input: "X" buckets: [ 8, 8 ] }', "padding[0].buckets", "[8, 8] must be at least 1 and ascending"),
+        ('padding { input: "X" buckets: 8 multiple_of: 4 }', "padding[0].multiple_of", "can't stand beside buckets"),
+        ('padding { input: "X" text_value: "-" }', "padding[0].text_value", "input 'X' holds no texts; give 'value'"),
+        ('unpadding { output: "Y" input: "X" }', "unpadding[0].input", "there is no 'X', only none"),
+        ("residency: RESIDENCY_TTL", "residency", "RESIDENCY_TTL needs idle_unload_s"),
+        ("residency: RESIDENCY_PINNED idle_unload_s: 1", "idle_unload_s", "a pinned model is never unloaded when idle"),
+        ('tenants { name: "a" } tenants { name: "a" }', "tenants[1]", "'a' is there twice"),
+        ('batching { rule: "module" }', "batching.rule", "'module' is not 'module:function'"),
+        ("supervision { window_s: -1 }", "supervision.window_s", "must not be negative"),
+    ],
+)
+def test_what_is_ours_is_checked_too(serving: str, field: str, expected: str) -> None:
+    field = f"serving.{field}"
+    assert problems(f"serving {{ {serving} }}", head=PADDED) == [(field, f"{field} of model 'm': {expected}")]
+
+
+def test_padding_that_fits_is_fine() -> None:
+    serving = 'padding { input: "X" buckets: [ 8, 16 ] mask_input: "M" } unpadding { output: "Y" input: "X" }'
+    assert problems(f"serving {{ {serving} }}", head=PADDED) == []
