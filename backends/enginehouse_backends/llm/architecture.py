@@ -43,6 +43,8 @@ class Architecture:
     activation: str
     tied_embeddings: bool
     rope: RopeSettings
+    local_rope: RopeSettings | None
+    """What layers with a sliding window use instead, where the family tells them apart (Gemma 3)."""
     sliding_windows: tuple[int, ...]
     """One a layer; 0 attends to everything."""
     dtype: str
@@ -50,6 +52,8 @@ class Architecture:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     raw: Mapping[str, Any]
+    text: Mapping[str, Any]
+    """The part of `raw` that describes the decoder, with what the family leaves out filled in."""
 
     @property
     def query_size(self) -> int:
@@ -70,6 +74,7 @@ def read_architecture(folder: Path) -> Architecture:
 def parse_architecture(raw: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> Architecture:
     names = raw.get("architectures") or [""]
     text: Mapping[str, Any] = raw.get("text_config") or raw
+    text = {**_OMITTED.get(str(text.get("model_type")), {}), **text}
     number = _NumberReader(text, where)
     num_heads = number.required("num_attention_heads")
     hidden_size = number.required("hidden_size")
@@ -95,12 +100,26 @@ def parse_architecture(raw: Mapping[str, Any], generation: Mapping[str, Any], wh
         activation=str(text.get("hidden_activation") or text.get("hidden_act") or "silu"),
         tied_embeddings=bool(raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
         rope=_rope_settings(text, head_dim, max_positions),
+        local_rope=_local_rope_settings(text, head_dim),
         sliding_windows=_sliding_windows(text, num_layers),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or "float32"),
         eos_token_ids=_token_ids(generation.get("eos_token_id", text.get("eos_token_id"))),
         bos_token_id=generation.get("bos_token_id", text.get("bos_token_id")),
         raw=raw,
+        text=text,
     )
+
+
+_OMITTED: Mapping[str, Mapping[str, Any]] = {
+    "gemma2": {"tie_word_embeddings": True, "sliding_window_pattern": 2, "query_pre_attn_scalar": 256},
+    "gemma3_text": {
+        "tie_word_embeddings": True, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262_208,
+        "max_position_embeddings": 131_072, "hidden_activation": "gelu_pytorch_tanh",
+        "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0,
+    },
+}  # fmt: skip
+"""What config.json leaves out when it equals the family's default in transformers."""
 
 
 class _NumberReader:
@@ -137,11 +156,20 @@ def _read_json(path: Path, required: bool) -> Mapping[str, Any]:
 
 def _rope_settings(text: Mapping[str, Any], head_dim: int, max_positions: int) -> RopeSettings:
     scaling: dict[str, Any] = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    scaling = dict(scaling.get("full_attention", scaling))
     kind = str(scaling.pop("rope_type", scaling.pop("type", "default")) or "default")
     theta = float(scaling.pop("rope_theta", None) or text.get("rope_theta") or 10_000.0)
     partial = float(scaling.pop("partial_rotary_factor", None) or text.get("partial_rotary_factor") or 1.0)
     scaling.setdefault("max_position_embeddings", max_positions)
+    if text.get("original_max_position_embeddings"):
+        scaling["original_max_position_embeddings"] = text["original_max_position_embeddings"]
     return RopeSettings(theta, kind, int(head_dim * partial), scaling)
+
+
+def _local_rope_settings(text: Mapping[str, Any], head_dim: int) -> RopeSettings | None:
+    local: Mapping[str, Any] | None = (text.get("rope_parameters") or {}).get("sliding_attention")
+    theta = (local or {}).get("rope_theta") or text.get("rope_local_base_freq")
+    return RopeSettings(float(theta), "default", head_dim) if theta else None
 
 
 def _sliding_windows(text: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
@@ -151,6 +179,10 @@ def _sliding_windows(text: Mapping[str, Any], num_layers: int) -> tuple[int, ...
     kinds: Sequence[str] | None = text.get("layer_types")
     if kinds:
         return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    if text.get("sliding_window_pattern"):
+        # Gemma before layer_types: every so many-th layer attends to everything
+        every = int(text["sliding_window_pattern"])
+        return tuple(window if (index + 1) % every else 0 for index in range(num_layers))
     if "max_window_layers" in text and "use_sliding_window" in text:
         # Qwen2: the layers from max_window_layers on slide
         return tuple(window if index >= text["max_window_layers"] else 0 for index in range(num_layers))

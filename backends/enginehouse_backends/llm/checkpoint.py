@@ -44,7 +44,7 @@ class Checkpoint:
         self._tensors: dict[str, StoredTensor] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         for path in _weight_files(folder):
-            self._tensors.update(_read_header(path))
+            self._tensors.update({_text_name(name): stored for name, stored in _read_header(path).items()})
         self._check_index()
 
     @property
@@ -67,8 +67,7 @@ class Checkpoint:
         stored = self.stored(name)
         if shape is not None and stored.shape != shape:
             raise InvalidArgument(
-                f"{stored.file}: tensor '{name}' has shape {list(stored.shape)}, "
-                f"config.json asks for {list(shape)}"
+                f"{stored.file}: tensor '{name}' has shape {list(stored.shape)}, config.json asks for {list(shape)}"
             )
         if stored.start == stored.stop:
             return torch.empty(stored.shape, dtype=stored.dtype)
@@ -95,18 +94,22 @@ class Checkpoint:
         if path not in self._maps:
             with path.open("rb") as file:
                 # private and writable: torch warns of read-only buffers, and nothing writes here
-                self._maps[path] = mmap.mmap(
-                    file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
-                )
+                self._maps[path] = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
         return self._maps[path]
 
     def _check_index(self) -> None:
         index = _read_index(self.folder)
         for name, file in index.items():
-            if name not in self._tensors:
-                raise InvalidArgument(
-                    f"{self.folder / file} lacks the tensor '{name}' that the index promises"
-                )
+            if _text_name(name) not in self._tensors:
+                raise InvalidArgument(f"{self.folder / file} lacks the tensor '{name}' that the index promises")
+
+
+def _text_name(name: str) -> str:
+    """The name as in a text-only checkpoint: multimodal ones put their decoder under `language_model`."""
+    for wrapped, plain in (("language_model.model.", "model."), ("model.language_model.", "model.")):
+        if name.startswith(wrapped):
+            return plain + name.removeprefix(wrapped)
+    return name.removeprefix("language_model.")
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -143,9 +146,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise InvalidArgument(
-                f"{path} is cut short or no safetensors file: {size} bytes, header needs {length}"
-            )
+            raise InvalidArgument(f"{path} is cut short or no safetensors file: {size} bytes, header needs {length}")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:

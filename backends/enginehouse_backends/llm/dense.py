@@ -51,9 +51,7 @@ def load_dense(spec: LinearSpec, checkpoint: Checkpoint, build: Build) -> Linear
     return DenseLinear(weight, bias)
 
 
-def read_dense(
-    spec: LinearSpec, checkpoint: Checkpoint, build: Build
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_dense(spec: LinearSpec, checkpoint: Checkpoint, build: Build) -> tuple[torch.Tensor, torch.Tensor | None]:
     """This rank's weight [out, in] and bias [out], copied out of the file."""
     weights, biases = [], []
     for part in spec.parts:
@@ -63,9 +61,8 @@ def read_dense(
     weight = torch.cat(weights) if len(weights) > 1 else weights[0].clone()
     bias = torch.cat(biases) if biases else None
     for part in spec.parts:
-        build.on_loaded(
-            checkpoint.stored(f"{part.name}.weight").stop - checkpoint.stored(f"{part.name}.weight").start
-        )
+        itemsize = checkpoint.stored(f"{part.name}.weight").dtype.itemsize
+        build.on_loaded(part.out_features * spec.in_features * itemsize)
     return weight, bias
 
 

@@ -41,6 +41,26 @@ class Part:
     """Without `.weight`."""
     out_features: int
     units: int = 0
+    first_row: int = 0
+    stored_rows: int = 0
+    """Where a checkpoint tensor holds more than this part: its rows. 0 is `out_features`."""
+
+    def cut(self, *sizes_and_units: tuple[int, int]) -> tuple[Part, ...]:
+        """The parts that lie after each other in this one, for checkpoints that fuse them already."""
+        parts, first = [], 0
+        for size, units in sizes_and_units:
+            parts.append(Part(self.name, size, units, first, self.out_features))
+            first += size
+        assert first == self.out_features, "bug: the cuts don't add up to the tensor"
+        return tuple(parts)
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This part's rows of the stored tensor."""
+        return tensor.narrow(0, self.first_row, self.out_features)
+
+    @property
+    def num_stored_rows(self) -> int:
+        return self.stored_rows or self.out_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +129,24 @@ class Layer:
 
 def read_share(checkpoint: Checkpoint, part: Part, spec: LinearSpec, build: Build) -> torch.Tensor:
     """This rank's share of a part's weight, still a view of the file."""
-    weight = checkpoint.tensor(f"{part.name}.weight", (part.out_features, spec.in_features))
+    weight = part.rows(checkpoint.tensor(f"{part.name}.weight", (part.num_stored_rows, spec.in_features)))
     if spec.split is Split.OUTPUTS:
-        return weight.narrow(0, *_output_range(part, build))
+        return weight.narrow(0, *output_range(part, build))
     if spec.split is Split.INPUTS:
         return weight.narrow(1, *build.group.share(spec.in_features))
     return weight
 
 
 def read_bias_share(checkpoint: Checkpoint, part: Part, spec: LinearSpec, build: Build) -> torch.Tensor:
-    bias = checkpoint.tensor(f"{part.name}.bias", (part.out_features,))
+    bias = part.rows(checkpoint.tensor(f"{part.name}.bias", (part.num_stored_rows,)))
     if spec.split is Split.OUTPUTS:
-        return bias.narrow(0, *_output_range(part, build))
+        return bias.narrow(0, *output_range(part, build))
     # summed over ranks: only the first adds it
     return bias if spec.split is Split.NONE or build.group.rank == 0 else torch.zeros_like(bias)
 
 
-def _output_range(part: Part, build: Build) -> tuple[int, int]:
+def output_range(part: Part, build: Build) -> tuple[int, int]:
+    """First row and number of rows of this rank's share of a part that is split by its outputs."""
     units = part.units or part.out_features
     first, count = build.group.share(units)
     size = part.out_features // units
@@ -177,9 +198,7 @@ class RmsNorm(Layer):
 
     def __call__(self, x: Value) -> Value:
         if isinstance(x, Symbol):
-            return x.program.add(
-                "rms_norm", self.width, (x,), {"epsilon": self.epsilon}, {"weight": self.weight}
-            )
+            return x.program.add("rms_norm", self.width, (x,), {"epsilon": self.epsilon}, {"weight": self.weight})
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
         return (wide * scale * self.weight).to(x.dtype)

@@ -36,6 +36,8 @@ def _frequencies(settings: RopeSettings, max_positions: int) -> tuple[torch.Tens
             return _llama3(base, settings), 1.0
         case "yarn":
             return _yarn(base, settings)
+        case "longrope":
+            return _longrope(base, settings, max_positions)
     raise Unsupported(f"rotary embedding of type '{settings.kind}' is not supported")
 
 
@@ -60,6 +62,22 @@ def _llama3(base: torch.Tensor, settings: RopeSettings) -> torch.Tensor:
     smoothed = (1 - blend) * base / factor + blend * base
     long, short = wavelengths > trained / low, wavelengths < trained / high
     return torch.where(long, base / factor, torch.where(short, base, smoothed))
+
+
+def _longrope(base: torch.Tensor, settings: RopeSettings, max_positions: int) -> tuple[torch.Tensor, float]:
+    # arXiv 2402.13753. One table for all: the long factors as soon as longer contexts than the trained one
+    # are served, as a cached key can't be rotated anew when its sequence grows past that.
+    numbers = settings.settings
+    trained, longest = (
+        float(numbers["original_max_position_embeddings"]),
+        float(numbers["max_position_embeddings"]),
+    )
+    factors = numbers["long_factor" if max_positions > trained else "short_factor"]
+    factor = float(numbers.get("factor") or longest / trained)
+    magnitude = numbers.get("attention_factor")
+    if magnitude is None:
+        magnitude = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    return base / torch.tensor(factors, dtype=torch.float32), float(magnitude)
 
 
 def _yarn(base: torch.Tensor, settings: RopeSettings) -> tuple[torch.Tensor, float]:

@@ -25,6 +25,17 @@ _LLAMA3 = {
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+_LONGROPE: Mapping[str, Any] = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 6,
+    "long_factor": [1.0, 1.3, 1.9, 2.5, 4.0, 7.0],
+}  # fmt: skip
+_EXPERTS: Mapping[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 5}
+
+
+def _config(name: str, **settings: Any) -> Any:
+    """For settings that the class takes and doesn't declare."""
+    return getattr(transformers, name)(**settings)
+
 
 CONFIGS: Mapping[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE, rope_parameters=_LLAMA3),
@@ -33,6 +44,37 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "qwen2": lambda: transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=32),
     "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=8),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SHAPE,
+        head_dim=16,
+        sliding_window=8,
+        query_pre_attn_scalar=24,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=8.0,
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **{**SHAPE, "num_hidden_layers": 7}, head_dim=16, sliding_window=8, query_pre_attn_scalar=24
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SHAPE, pad_token_id=0, sliding_window=8),
+    # Phi-4-mini's partial rotation, and the long factors, as the test's 30 tokens exceed 20
+    "phi4": lambda: _config(
+        "Phi3Config",
+        **SHAPE,
+        pad_token_id=0,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=20,
+        rope_scaling=_LONGROPE,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**SHAPE, **_EXPERTS),
+    "qwen3-moe": lambda: _config(
+        "Qwen3MoeConfig",
+        **SHAPE,
+        **_EXPERTS,
+        head_dim=32,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,19 @@ def test_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("LlamaForCausalLM", "UnheardOfForCausalLM"))
     with pytest.raises(EnginehouseError, match=r"'UnheardOfForCausalLM' is not supported; known are .*Llama"):
         load_model(tmp_path)
+
+
+@torch.inference_mode()
+def test_the_decoder_of_a_multimodal_checkpoint_is_found(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    reference = save_reference("gemma3", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {f"language_model.{name}": weight for name, weight in weights.items()}
+    save_file({**renamed, "vision_tower.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    wrapped = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(wrapped))
+    ids = torch.randint(0, VOCAB, (2, 30), dtype=torch.int32)
+    logits = chunked_logits(load_model(tmp_path), ids, cuts=[])
+    torch.testing.assert_close(logits, reference(ids.long()).logits, rtol=1e-4, atol=1e-4)

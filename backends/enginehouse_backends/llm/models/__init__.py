@@ -13,10 +13,16 @@ from enginehouse_backends.llm.attention import StepBatch
 from enginehouse_backends.llm.layers import Build, Layer, Value
 
 _MODULES = {
+    "Gemma2ForCausalLM": ("gemma", "GemmaModel"),
+    "Gemma3ForCausalLM": ("gemma", "GemmaModel"),
+    "Gemma3ForConditionalGeneration": ("gemma", "GemmaModel"),
     "LlamaForCausalLM": ("llama", "LlamaModel"),
     "MistralForCausalLM": ("mistral", "MistralModel"),
+    "MixtralForCausalLM": ("mixtral", "MixtralModel"),
+    "Phi3ForCausalLM": ("phi3", "Phi3Model"),
     "Qwen2ForCausalLM": ("qwen2", "Qwen2Model"),
     "Qwen3ForCausalLM": ("qwen3", "Qwen3Model"),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", "Qwen3MoeModel"),
 }
 
 
@@ -42,9 +48,7 @@ def build_model(build: Build) -> DecoderModel:
     """
     family = build.architecture.family
     if family not in _MODULES:
-        raise Unsupported(
-            f"architecture '{family}' is not supported; known are {', '.join(known_architectures())}"
-        )
+        raise Unsupported(f"architecture '{family}' is not supported; known are {', '.join(known_architectures())}")
     module, name = _MODULES[family]
     made: DecoderModel = getattr(importlib.import_module(f"{__name__}.{module}"), name)(build)
     return made

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
+
 import torch
 
 from enginehouse_backends.llm.attention import StepBatch
@@ -25,23 +28,14 @@ from enginehouse_backends.llm.models import DecoderModel
 
 
 class LlamaBlock(Layer):
-    """One transformer layer."""
+    """One transformer layer. `model` says what its family does differently."""
 
-    def __init__(self, build: Build, index: int, rope: torch.Tensor, qkv_bias: bool, qk_norm: bool) -> None:
+    def __init__(self, model: LlamaModel, index: int, rope: torch.Tensor) -> None:
+        build, qk_norm = model.build, model.qk_norm
         a, prefix = build.architecture, f"model.layers.{index}"
         heads = f"{prefix}.self_attn"
         self.input_norm = RmsNorm(build, f"{prefix}.input_layernorm", a.hidden_size)
-        self.qkv = Linear(
-            build,
-            (
-                Part(f"{heads}.q_proj", a.query_size, a.num_heads),
-                Part(f"{heads}.k_proj", a.kv_size, a.num_kv_heads),
-                Part(f"{heads}.v_proj", a.kv_size, a.num_kv_heads),
-            ),
-            a.hidden_size,
-            bias=qkv_bias,
-            split=Split.OUTPUTS,
-        )
+        self.qkv = Linear(build, model.qkv_parts(heads), a.hidden_size, model.qkv_bias(), Split.OUTPUTS)
         q_norm = RmsNorm(build, f"{heads}.q_norm", a.head_dim) if qk_norm else None
         k_norm = RmsNorm(build, f"{heads}.k_norm", a.head_dim) if qk_norm else None
         self.attention = AttentionLayer(build, index, rope, q_norm, k_norm)
@@ -54,7 +48,7 @@ class LlamaBlock(Layer):
             split=Split.INPUTS,
         )
         self.mlp_norm = RmsNorm(build, f"{prefix}.post_attention_layernorm", a.hidden_size)
-        self.mlp = GatedMlp(build, f"{prefix}.mlp")
+        self.mlp = model.make_mlp(index)
 
     def forward(self, x: Value, residual: Value | None, step: StepBatch | None) -> tuple[Value, Value]:
         """(the MLP's output, the residual that is still to be added to it)."""
@@ -64,22 +58,29 @@ class LlamaBlock(Layer):
         return self.mlp(normed), residual
 
 
-class GatedMlp(Layer):
+def separate_qkv(build: Build, prefix: str) -> Sequence[Part]:
+    a = build.architecture
+    return (
+        Part(f"{prefix}.q_proj", a.query_size, a.num_heads),
+        Part(f"{prefix}.k_proj", a.kv_size, a.num_kv_heads),
+        Part(f"{prefix}.v_proj", a.kv_size, a.num_kv_heads),
+    )
+
+
+class Mlp(Layer):
+    """What follows attention in a block: rows to rows."""
+
+    @abstractmethod
+    def __call__(self, x: Value) -> Value: ...
+
+
+class GatedMlp(Mlp):
     """down(activation(gate x) * up x)"""
 
-    def __init__(self, build: Build, prefix: str) -> None:
+    def __init__(self, build: Build, prefix: str, gate_up: Sequence[Part]) -> None:
         a = build.architecture
         bias = bool(a.raw.get("mlp_bias", False))
-        self.gate_up = Linear(
-            build,
-            (
-                Part(f"{prefix}.gate_proj", a.intermediate_size),
-                Part(f"{prefix}.up_proj", a.intermediate_size),
-            ),
-            a.hidden_size,
-            bias=bias,
-            split=Split.OUTPUTS,
-        )
+        self.gate_up = Linear(build, gate_up, a.hidden_size, bias, Split.OUTPUTS)
         self.activation = GatedActivation(a.activation)
         self.down = Linear(
             build,
@@ -103,14 +104,23 @@ class LlamaModel(DecoderModel):
         a = build.architecture
         rope = make_rope(build)
         self.embedding = Embedding(build, "model.embed_tokens")
-        self.blocks = [
-            LlamaBlock(build, index, rope, self.qkv_bias(), self.qk_norm) for index in range(a.num_layers)
-        ]
+        self.blocks = [LlamaBlock(self, index, rope) for index in range(a.num_layers)]
         self.norm = RmsNorm(build, "model.norm", a.hidden_size)
         self.head = Head(build, "lm_head", self.embedding if a.tied_embeddings else None)
 
     def qkv_bias(self) -> bool:
         return bool(self.build.architecture.raw.get("attention_bias", False))
+
+    def qkv_parts(self, prefix: str) -> Sequence[Part]:
+        return separate_qkv(self.build, prefix)
+
+    def gate_up_parts(self, prefix: str) -> Sequence[Part]:
+        width = self.build.architecture.intermediate_size
+        return Part(f"{prefix}.gate_proj", width), Part(f"{prefix}.up_proj", width)
+
+    def make_mlp(self, index: int) -> Mlp:
+        prefix = f"model.layers.{index}.mlp"
+        return GatedMlp(self.build, prefix, self.gate_up_parts(prefix))
 
     def forward(self, tokens: Value, step: StepBatch | None) -> Value:
         x, residual = self.embedding(tokens), None
