@@ -258,7 +258,7 @@ class Core:
 
     # --- generation
 
-    def generate(self, request: GenerateRequest, emit: Callable[[Sequence[TokenEvent]], None]) -> None:
+    def generate(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None:
         """To an LLM's engine. Raises Unsupported for a model that is none."""
         self._engine_of(request.model_name).submit(request, emit)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from enginehouse.backend import LoadContext
@@ -25,6 +25,7 @@ from enginehouse.request_checks import RequestChecks
 from enginehouse.scheduling.build import build_scheduler
 from enginehouse.scheduling.contract import SubmitRequest
 from enginehouse.scheduling.ensemble_check import check_ensemble
+from enginehouse.scheduling.generative import GenerativeScheduler
 from enginehouse.scheduling.warmup import warm_up
 
 logger = logging.getLogger("enginehouse.repository")
@@ -47,6 +48,7 @@ class Serving:
         self._submit = submit
         self._metrics = metrics
         self._complete_configs = complete_configs
+        self._engine_metrics: dict[int, Callable[[], None]] = {}
 
     async def build(self, definition: ModelDefinition, version: int) -> ServedVersion:
         """Raises an EnginehouseError; nothing of the version is left then."""
@@ -136,15 +138,19 @@ class Serving:
 
     async def _start(self, served: ServedVersion, directory: Path) -> None:
         instances = served.hosted.instances if served.hosted is not None else ()
-        served.scheduler = build_scheduler(
-            served.config,
-            served.version,
-            instances,
-            served.statistics,
-            self._submit,
-            lookup=self._config_of,
-            model_directory=directory,
-        )
+        if served.generative:
+            served.scheduler = GenerativeScheduler(served.name, served.hosted.generative, served.statistics)
+            self._engine_metrics[id(served)] = self._metrics.add_source(served.hosted.generative.metrics)
+        else:
+            served.scheduler = build_scheduler(
+                served.config,
+                served.version,
+                instances,
+                served.statistics,
+                self._submit,
+                lookup=self._config_of,
+                model_directory=directory,
+            )
         self._metrics.watch(
             served.statistics,
             lambda: served.scheduler.num_pending,
@@ -153,6 +159,8 @@ class Serving:
         await warm_up(served.config, directory, instances, served.statistics, served.checks.check)
 
     async def _dismantle(self, served: ServedVersion) -> None:
+        if (end_source := self._engine_metrics.pop(id(served), None)) is not None:
+            end_source()
         if served.scheduler is not None:
             served.scheduler.close()
         if served.hosted is not None:

@@ -16,7 +16,7 @@ class ExecutionObserver(Protocol):
     def on_batch(
         self,
         requests: Sequence[InferRequest],
-        instance: InstanceHandle,
+        instance: InstanceHandle | None,
         times: ExecutionTimes,
         error: EnginehouseError | None,
     ) -> None: ...

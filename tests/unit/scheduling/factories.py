@@ -48,7 +48,7 @@ class Observer:
     def on_batch(
         self,
         requests: Sequence[InferRequest],
-        instance: InstanceHandle,
+        instance: InstanceHandle | None,
         times: ExecutionTimes,
         error: EnginehouseError | None,
     ) -> None:

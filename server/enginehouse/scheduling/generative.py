@@ -1,0 +1,289 @@
+"""A language model asked over the v2 protocols: tensors in, a generation, tensors out.
+
+The tensors are those of Triton's vLLM backend: `text_input`, `stream`, `sampling_parameters` (JSON) and the
+switches for further outputs. Request parameters (the extra keys of /generate) are sampling parameters too.
+The engine batches by itself, so nothing is queued here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from enginehouse.errors import InvalidArgument
+from enginehouse.execution.contract import ExecutionTimes, GenerativeHandle, InstanceHandle
+from enginehouse.scheduling.contract import ExecutionObserver
+from enginehouse.scheduling.in_flight import InFlight, cancelled, stopped
+from enginehouse.types import (
+    FinishReason,
+    GenerateRequest,
+    InferRequest,
+    InferResponse,
+    ParameterValue,
+    SamplingParameters,
+    Tensor,
+    TokenEvent,
+)
+
+TEXT_INPUT = "text_input"
+TEXT_OUTPUT = "text_output"
+DEFAULT_MAX_TOKENS = 16
+_SAMPLING_FIELDS = frozenset(SamplingParameters.__dataclass_fields__)
+_PROTOCOL_PARAMETERS = frozenset(
+    ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "id", "binary_data_output", "stream")
+)
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """One v2 request and the sequences (n of them) that answer it."""
+
+    request: InferRequest
+    switches: _Switches
+    ids: list[str]
+    prompt: str
+    texts: list[list[str]]
+    last: list[TokenEvent | None]
+    num_open: int
+    failed: bool = False
+    logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Switches:
+    """What the request wants to know beside the text."""
+
+    stream: bool = False
+    exclude_input_in_output: bool = False
+    return_finish_reason: bool = False
+    return_cumulative_logprob: bool = False
+    return_num_input_tokens: bool = False
+    return_num_output_tokens: bool = False
+
+
+class GenerativeScheduler:
+    """contract.Scheduler over an engine."""
+
+    def __init__(self, model_name: str, engine: GenerativeHandle, observer: ExecutionObserver) -> None:
+        self._model_name = model_name
+        self._engine = engine
+        self._observer = observer
+        self._in_flight = InFlight(observer)
+        self._exchanges: dict[int, _Exchange] = {}
+        self._numbers = itertools.count()
+        self._closed = False
+
+    def submit(self, request: InferRequest) -> None:
+        if self._closed:
+            raise stopped(request)
+        switches = read_switches(request.inputs)
+        sampling, num_sequences = read_sampling(request.inputs, request.parameters)
+        if switches.stream and num_sequences > 1:
+            raise InvalidArgument("'n' must be 1 with 'stream': the parts of several texts can't be told apart")
+        if switches.return_cumulative_logprob and sampling.logprobs is None:
+            sampling = replace(sampling, logprobs=0)
+        number = next(self._numbers)
+        exchange = _Exchange(
+            request,
+            switches,
+            [f"v2-{id(self):x}-{number}-{index}" for index in range(num_sequences)],
+            text_of(request.inputs, TEXT_INPUT),
+            [[] for _ in range(num_sequences)],
+            [None] * num_sequences,
+            num_sequences,
+            logprobs=[0.0] * num_sequences,
+        )
+        self._start(exchange, sampling)
+        request.times.queued_ns = time.monotonic_ns()
+        request.on_cancel = self._cancel
+        request.flow = exchange
+        self._in_flight.enter()
+
+    def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
+        """An engine has no instances to choose from."""
+
+    @property
+    def num_pending(self) -> int:
+        return 0
+
+    @property
+    def num_in_flight(self) -> int:
+        return self._in_flight.num_requests
+
+    async def drain(self) -> None:
+        await self._in_flight.drained()
+
+    def close(self) -> None:
+        self._closed = True
+        for exchange in list(self._exchanges.values()):
+            self._end(exchange, InferResponse(error=stopped(exchange.request)))
+
+    def _start(self, exchange: _Exchange, sampling: SamplingParameters) -> None:
+        """All sequences or none: what a refused one leaves behind is cancelled."""
+        request = exchange.request
+        self._exchanges[id(exchange)] = exchange
+        for index, sequence_id in enumerate(exchange.ids):
+            seed = sampling.seed + index if sampling.seed is not None else None
+            generate = GenerateRequest(
+                request.model_name,
+                sequence_id,
+                exchange.prompt,
+                replace(sampling, seed=seed),
+                stream=exchange.switches.stream,
+                priority=request.priority,
+                deadline_ns=request.deadline_ns,
+                tenant=request.tenant,
+            )
+            try:
+                self._engine.submit(generate, partial(self._take, exchange, index))
+            except BaseException:
+                del self._exchanges[id(exchange)]
+                exchange.failed = True
+                for started in exchange.ids[:index]:
+                    self._engine.cancel(started)
+                raise
+
+    def _take(self, exchange: _Exchange, index: int, event: TokenEvent) -> None:
+        if exchange.failed or id(exchange) not in self._exchanges:
+            return
+        exchange.last[index] = event
+        if event.error is not None:
+            self._end(exchange, InferResponse(error=event.error))
+            return
+        exchange.texts[index].append(event.text)
+        exchange.logprobs[index] += sum(alternatives[0].logprob for alternatives in event.logprobs)
+        is_last = event.finish_reason is not None
+        exchange.num_open -= is_last
+        if event.finish_reason is FinishReason.ABORT and exchange.request.cancelled:
+            self._end(exchange, InferResponse(error=cancelled()))
+        elif exchange.switches.stream:
+            self._send_part(exchange, event, is_last)
+        elif exchange.num_open == 0:
+            self._finish(exchange, self._outputs(exchange, ["".join(parts) for parts in exchange.texts]))
+
+    def _send_part(self, exchange: _Exchange, event: TokenEvent, is_last: bool) -> None:
+        outputs = self._outputs(exchange, [event.text])
+        if is_last:
+            self._finish(exchange, outputs)
+        else:
+            self._in_flight.deliver(exchange.request, self._response(exchange, outputs, final=False))
+
+    def _finish(self, exchange: _Exchange, outputs: list[Tensor]) -> None:
+        self._count(exchange)
+        self._end(exchange, self._response(exchange, outputs, final=True))
+
+    def _count(self, exchange: _Exchange) -> None:
+        """For the statistics, a generation is a batch of one: queue, prefill as input, decode as compute."""
+        first = exchange.last[0]
+        assert first is not None, "bug: a finished exchange has events"
+        queued_ns, now_ns = exchange.request.times.queued_ns, time.monotonic_ns()
+        start_ns = min(queued_ns + int(first.queue_s * 1e9), now_ns)
+        prefilled_ns = min(start_ns + int(first.prefill_s * 1e9), now_ns)
+        times = ExecutionTimes(start_ns, prefilled_ns, now_ns, now_ns)
+        self._observer.on_batch([exchange.request], None, times, None)
+
+    def _end(self, exchange: _Exchange, response: InferResponse) -> None:
+        del self._exchanges[id(exchange)]
+        if response.error is not None:
+            exchange.failed = True
+            for sequence_id in exchange.ids:
+                self._engine.cancel(sequence_id)
+        response.model_name, response.id = self._model_name, exchange.request.id
+        response.model_version = response.model_version or exchange.request.model_version
+        self._in_flight.deliver(exchange.request, response)
+
+    def _cancel(self, request: InferRequest) -> None:
+        exchange = request.flow
+        if isinstance(exchange, _Exchange) and id(exchange) in self._exchanges:
+            self._end(exchange, InferResponse(error=cancelled()))
+
+    def _response(self, exchange: _Exchange, outputs: list[Tensor], final: bool) -> InferResponse:
+        request = exchange.request
+        return InferResponse(
+            outputs, final=final, model_name=self._model_name, model_version=request.model_version, id=request.id
+        )
+
+    def _outputs(self, exchange: _Exchange, texts: list[str]) -> list[Tensor]:
+        switches = exchange.switches
+        if not switches.stream and not switches.exclude_input_in_output:
+            texts = [exchange.prompt + text for text in texts]
+        events = [event for event in exchange.last if event is not None]
+        outputs = [_strings(TEXT_OUTPUT, texts)]
+        if switches.return_finish_reason:
+            reasons = [event.finish_reason.value if event.finish_reason else "None" for event in events]
+            outputs.append(_strings("finish_reason", reasons))
+        if switches.return_cumulative_logprob:
+            outputs.append(Tensor.from_numpy("cumulative_logprob", np.array(exchange.logprobs, np.float32)))
+        if switches.return_num_input_tokens:
+            count = np.array([events[0].num_prompt_tokens], np.uint32)
+            outputs.append(Tensor.from_numpy("num_input_tokens", count))
+        if switches.return_num_output_tokens:
+            counts = np.array([event.num_generated_tokens for event in events], np.uint32)
+            outputs.append(Tensor.from_numpy("num_output_tokens", counts))
+        wanted = exchange.request.requested_outputs
+        return [tensor for tensor in outputs if not wanted or tensor.name in wanted]
+
+
+def read_switches(inputs: Mapping[str, Tensor]) -> _Switches:
+    """The boolean inputs."""
+    names = _Switches.__dataclass_fields__
+    return _Switches(**{name: bool(inputs[name].numpy().reshape(-1)[0]) for name in names if name in inputs})
+
+
+def read_sampling(
+    inputs: Mapping[str, Tensor], parameters: Mapping[str, ParameterValue]
+) -> tuple[SamplingParameters, int]:
+    """Sampling parameters and `n`. Raises InvalidArgument, naming the field that is wrong."""
+    values: dict[str, Any] = {key: value for key, value in parameters.items() if key not in _PROTOCOL_PARAMETERS}
+    if "sampling_parameters" in inputs:
+        text = text_of(inputs, "sampling_parameters")
+        try:
+            given = msgspec.json.decode(text or "{}")
+        except msgspec.DecodeError as error:
+            raise InvalidArgument(f"'sampling_parameters' is not JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise InvalidArgument(f"'sampling_parameters' must be a JSON object, found {type(given).__name__}")
+        values |= given
+    num_sequences = _count_of(values.pop("n", 1))
+    if isinstance(values.get("stop"), str):
+        values["stop"] = [values["stop"]]
+    known = {key: value for key, value in values.items() if key in _SAMPLING_FIELDS and value is not None}
+    known.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
+    try:
+        return msgspec.convert(known, SamplingParameters, strict=False), num_sequences
+    except msgspec.ValidationError as error:
+        raise InvalidArgument(f"sampling parameters: {error}") from None
+
+
+def _count_of(value: object) -> int:
+    try:
+        count = int(str(value))
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise InvalidArgument(f"'n' must be a whole number of at least 1, found {value!r}")
+    return count
+
+
+def text_of(inputs: Mapping[str, Tensor], name: str) -> str:
+    """The only element of a BYTES input. Raises InvalidArgument if it is not UTF-8."""
+    elements = inputs[name].numpy().reshape(-1)
+    if len(elements) != 1:
+        raise InvalidArgument(f"input '{name}' must hold one string, found {len(elements)}")
+    try:
+        return bytes(elements[0]).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"input '{name}' is not UTF-8: {error}") from None
+
+
+def _strings(name: str, texts: Sequence[str]) -> Tensor:
+    array = np.empty(len(texts), dtype=object)
+    array[:] = [text.encode() for text in texts]
+    return Tensor.from_numpy(name, array)
