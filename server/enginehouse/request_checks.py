@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from enginehouse.config.schema import ModelConfig, ModelInput
-from enginehouse.errors import EnginehouseError, InvalidArgument
+from enginehouse.errors import EnginehouseError, FailureReason, InvalidArgument
 from enginehouse.types import DataType, InferRequest, InferResponse, ResponseSink, Tensor
 
 _BATCH_NOTE = (
@@ -211,14 +211,16 @@ def check_string_elements(
         if end - offset < 4:
             raise InvalidArgument(
                 f"incomplete string length indicator for inference input '{name}', expecting 4 bytes but only "
-                f"{end - offset} bytes available"
+                f"{end - offset} bytes available",
+                reason=FailureReason.BACKEND,  # Triton's backends find this; clients see where
             )
         length = int.from_bytes(data[offset : offset + 4], "little")
         offset += 4
         if length > end - offset:
             raise InvalidArgument(
                 f"incomplete string data for inference input '{name}', expecting string of length {length} but "
-                f"only {end - offset} bytes available"
+                f"only {end - offset} bytes available",
+                reason=FailureReason.BACKEND,
             )
         offset += length
         found += 1

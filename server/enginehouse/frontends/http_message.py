@@ -50,6 +50,8 @@ class HttpResponse:
     body: Sequence[Buffer] = ()
     headers: Sequence[tuple[str, str]] = ()
     chunked: bool = False
+    on_sent: Callable[[], None] | None = None
+    """Called when the answer was handed to the socket, or can't be any more."""
 
 
 @dataclass(slots=True)
@@ -60,6 +62,7 @@ class HttpStream:
     content_type: str
     chunks: AsyncIterator[Buffer]
     headers: Sequence[tuple[str, str]] = ()
+    on_sent: Callable[[], None] | None = None
 
 
 Reply: TypeAlias = HttpResponse | HttpStream

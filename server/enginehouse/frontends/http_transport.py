@@ -240,7 +240,11 @@ class _Connection(asyncio.BufferedProtocol):
                         time.monotonic_ns(),
                     )
                 )
-            await self._write(request, reply)
+            try:
+                await self._write(request, reply)
+            finally:
+                if reply.on_sent is not None:
+                    reply.on_sent()
         except asyncio.CancelledError:
             if self._transport is None:
                 return  # the client has gone; this task is nobody's any more

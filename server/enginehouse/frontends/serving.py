@@ -10,7 +10,7 @@ from typing import Protocol
 
 from enginehouse.core import Core
 from enginehouse.frontends.grpcio_transport import GrpcioServer
-from enginehouse.frontends.http_message import HttpRequest, HttpResponse, Reply
+from enginehouse.frontends.http_message import TEXT, HttpRequest, HttpResponse, Reply
 from enginehouse.frontends.http_routes import PathParts, Route, Router
 from enginehouse.frontends.http_transport import HttpServer
 from enginehouse.frontends.kserve_grpc.health import HealthMethods
@@ -65,7 +65,7 @@ def serve_metrics(core: Core, options: ServerOptions) -> FrontEnd:
         text: bytes = await core.metrics.scrape()
         return HttpResponse(200, METRICS_TYPE, (text,))
 
-    router = Router([Route("/metrics", ("GET",), None, metrics)], RestrictedApis(()))
+    router = Router([Route("/metrics", ("GET",), None, metrics, not_allowed_type=TEXT)], RestrictedApis(()))
     return HttpServer(router.handle, "Metrics", options.metrics_host, options.metrics_port)
 
 

@@ -15,6 +15,7 @@ from enginehouse.frontends.inference import infer_once
 from enginehouse.frontends.kserve_grpc.infer_codec import UnknownDatatype, decode_infer, encode_response
 from enginehouse.frontends.output_options import OutputOption, OutputOptions
 from enginehouse.frontends.request_parameters import HeaderForwarding, request_text
+from enginehouse.frontends.request_traces import RequestTraces
 from enginehouse.frontends.shared_memory.regions import Regions
 from enginehouse.types import InferRequest
 
@@ -35,6 +36,7 @@ class InferDecoder:
         self._core = core
         self._regions = regions
         self._forwarding = forwarding
+        self.traces = RequestTraces(core, "GRPC")
 
     def request_of(
         self, message: ModelInferRequest, served: ServedVersion, options: OutputOptions, call: GrpcCall
@@ -49,6 +51,7 @@ class InferDecoder:
         except UnknownDatatype as error:
             raise _datatype_error(error, message, served) from None
         self._forwarding.apply(request, call.metadata)
+        self.traces.begin(request, call.metadata)
         return request, empty_final
 
 
@@ -74,9 +77,20 @@ class InferMethod:
         options = OutputOptions()
         try:
             request, _ = self._decoder.request_of(message, served, options, call)
+            return await self._answer(request, options, served)
+        finally:
+            options.release()
+
+    async def _answer(self, request: InferRequest, options: OutputOptions, served: ServedVersion) -> bytes:
+        traces = self._decoder.traces
+        try:
             response = await infer_once(self._core, request)
             if response.error is not None:
                 raise response.error
-            return encode_response(response, options, served)
-        finally:
-            options.release()
+            answer = encode_response(response, options, served)
+            if (sent := traces.sending(request)) is not None:
+                sent()
+            return answer
+        except BaseException:
+            traces.abandon(request)
+            raise

@@ -126,6 +126,8 @@ class _Session:
         elif exchange.empty_final:
             self._send(exchange, _flag_message(exchange, response).SerializeToString())
         if response.final:
+            if exchange.request is not None and (sent := self._decoder.traces.sending(exchange.request)):
+                sent()
             self._end(exchange)
 
     def _send(self, exchange: Exchange, data: bytes) -> None:

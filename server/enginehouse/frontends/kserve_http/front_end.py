@@ -5,12 +5,14 @@ from __future__ import annotations
 from enginehouse.core import Core
 from enginehouse.frontends.http_message import TEXT
 from enginehouse.frontends.http_routes import Route, Router
+from enginehouse.frontends.kserve_http.generate import GenerateHandler
 from enginehouse.frontends.kserve_http.infer import InferHandler
 from enginehouse.frontends.kserve_http.models import ModelHandlers
 from enginehouse.frontends.kserve_http.repository import RepositoryHandlers
 from enginehouse.frontends.kserve_http.settings import SettingHandlers
 from enginehouse.frontends.kserve_http.shared_memory import SharedMemoryHandlers
 from enginehouse.frontends.request_parameters import HeaderForwarding
+from enginehouse.frontends.request_traces import RequestTraces
 from enginehouse.frontends.restricted_apis import Api, RestrictedApis
 from enginehouse.frontends.shared_memory.regions import Regions
 from enginehouse.options import ServerOptions
@@ -25,9 +27,13 @@ def v2_routes(core: Core, options: ServerOptions, regions: Regions) -> list[Rout
     models, repository = ModelHandlers(core), RepositoryHandlers(core)
     settings, memory = SettingHandlers(core), SharedMemoryHandlers(regions)
     forwarding = HeaderForwarding(options.http_header_forward_pattern)
-    infer = InferHandler(core, regions, forwarding, options.http_max_input_size)
+    traces = RequestTraces(core, "HTTP")
+    infer = InferHandler(core, regions, forwarding, traces, options.http_max_input_size)
+    generate = GenerateHandler(core, forwarding, traces)
     return [
         Route(MODEL + "/infer", POST, Api.INFERENCE, infer.handle, not_allowed_type=TEXT),
+        Route(MODEL + "/generate", POST, Api.INFERENCE, generate.generate),
+        Route(MODEL + "/generate_stream", POST, Api.INFERENCE, generate.generate_stream),
         Route("/v2/health/live", GET, Api.HEALTH, models.live, TEXT, TEXT),
         Route("/v2/health/ready", GET, Api.HEALTH, models.ready, TEXT, TEXT),
         Route(MODEL + "/ready", GET, Api.HEALTH, models.model_ready, TEXT, TEXT),

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 
 from enginehouse.core import Core, ServedVersion
-from enginehouse.errors import EnginehouseError, InvalidArgument, Unsupported
+from enginehouse.errors import EnginehouseError, FailureReason, InvalidArgument, Unsupported
 from enginehouse.frontends.compression import accepted_encoding, compress, decompress
 from enginehouse.frontends.http_message import (
     EVENTS,
@@ -27,24 +27,33 @@ from enginehouse.frontends.http_message import (
 from enginehouse.frontends.http_routes import PathParts
 from enginehouse.frontends.inference import AnswerStream, infer_once
 from enginehouse.frontends.kserve_http.infer_codec import (
-    HEADER_LENGTH,
     decode_infer,
     decode_raw,
     encode_response,
 )
 from enginehouse.frontends.output_options import OutputOptions
 from enginehouse.frontends.request_parameters import HeaderForwarding
+from enginehouse.frontends.request_traces import RequestTraces
 from enginehouse.frontends.shared_memory.regions import Regions
 from enginehouse.types import InferRequest, InferResponse
 
+_HEADER_LENGTH = "inference-header-content-length"
 _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+)")
 
 
 class InferHandler:
-    def __init__(self, core: Core, regions: Regions, forwarding: HeaderForwarding, max_input_bytes: int) -> None:
+    def __init__(
+        self,
+        core: Core,
+        regions: Regions,
+        forwarding: HeaderForwarding,
+        traces: RequestTraces,
+        max_input_bytes: int,
+    ) -> None:
         self._core = core
         self._regions = regions
         self._forwarding = forwarding
+        self._traces = traces
         self._max_input_bytes = max_input_bytes
 
     async def handle(self, http: HttpRequest, parts: PathParts) -> Reply:
@@ -73,21 +82,31 @@ class InferHandler:
     ) -> Reply:
         try:
             body = self._body(http, served)
-            header_length = _header_length(http.headers.get(HEADER_LENGTH), len(body))
+            header_length = _header_length(http.headers.get(_HEADER_LENGTH), len(body))
         except _BadHeaderLength as error:
             return error_response(error, TEXT)
         self._decode(http, request, options, served, body, header_length)
-        response = await infer_once(self._core, request)
+        try:
+            response = await infer_once(self._core, request)
+        except BaseException as error:
+            self._traces.abandon(request)
+            # What Triton leaves to its backends to find wrong, such as strings that are cut off.
+            if isinstance(error, EnginehouseError) and error.reason is FailureReason.BACKEND:
+                return error_response(error, TEXT)
+            raise
         try:
             if response.error is not None:
                 raise response.error
             reply = encode_response(response, options, served)
         except EnginehouseError as error:
-            return error_response(error, TEXT)
-        return _compressed(reply, http.headers.get("Accept-Encoding"))
+            reply = error_response(error, TEXT)
+        else:
+            reply = _compressed(reply, http.headers.get("accept-encoding"))
+        reply.on_sent = self._traces.sending(request)
+        return reply
 
     def _body(self, http: HttpRequest, served: ServedVersion) -> Buffer:
-        encoding = http.headers.get("Content-Encoding")
+        encoding = http.headers.get("content-encoding")
         if not encoding or encoding == "identity":
             return http.body
         try:
@@ -109,6 +128,7 @@ class InferHandler:
         else:
             decode_raw(request, options, body, served)
         self._forwarding.apply(request, http.headers.items())
+        self._traces.begin(request, http.headers.items())
 
     async def _stream(
         self, http: HttpRequest, request: InferRequest, options: OutputOptions, served: ServedVersion
@@ -116,7 +136,7 @@ class InferHandler:
         """Our addition: every answer of any model as a server-sent event, JSON outputs only."""
         try:
             body = self._body(http, served)
-            header_length = _header_length(http.headers.get(HEADER_LENGTH), len(body))
+            header_length = _header_length(http.headers.get(_HEADER_LENGTH), len(body))
             self._decode(http, request, options, served, body, header_length)
             answers = AnswerStream(request)
             self._core.submit(request)
@@ -147,11 +167,11 @@ def _event(response: InferResponse, options: OutputOptions, served: ServedVersio
 
 
 def _wants_events(http: HttpRequest) -> bool:
-    return "text/event-stream" in (http.headers.get("Accept") or "")
+    return "text/event-stream" in (http.headers.get("accept") or "")
 
 
 def _unsupported_encoding(http: HttpRequest) -> HttpResponse | None:
-    if (http.headers.get("Content-Encoding") or "identity") in ("identity", "gzip", "deflate"):
+    if (http.headers.get("content-encoding") or "identity") in ("identity", "gzip", "deflate"):
         return None
     error = Unsupported("Unsupported compression type")
     return HttpResponse(501, TEXT, (error_body(str(error)),), (("Accept-Encoding", "gzip, deflate"),))

@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 
+from enginehouse.config.json_form import to_wire
 from enginehouse.core import Core
 from enginehouse.errors import EnginehouseError, InvalidArgument
 from enginehouse.frontends.http_message import TEXT, HttpRequest, HttpResponse, Reply, error_response
@@ -57,7 +58,7 @@ class ModelHandlers:
 
     async def config(self, http: HttpRequest, parts: PathParts) -> Reply:
         served = await self._core.loaded_model(parts["model"], parts["version"])
-        return json_reply(message_to_json(served.config))
+        return json_reply(to_wire(served.config))
 
     async def statistics(self, http: HttpRequest, parts: PathParts) -> Reply:
         entries = self._core.statistics(parts.get("model", ""), parts.get("version", ""))
