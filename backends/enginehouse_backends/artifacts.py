@@ -24,9 +24,7 @@ def artifact_path(context: LoadContext, *defaults: str, compute_capability: str 
     for path in candidates:
         if path.exists():
             return path
-    raise NotFound(
-        f"model '{context.name}': unable to find {' or '.join(map(str, candidates))}; {_holds(context)}"
-    )
+    raise NotFound(f"model '{context.name}': unable to find {' or '.join(map(str, candidates))}; {_holds(context)}")
 
 
 def _has_entry(context: LoadContext, compute_capability: str) -> bool:

@@ -80,9 +80,7 @@ def _wired_names(config: ModelConfig) -> set[str]:
     return names
 
 
-def _complete_tensors(
-    config: ModelConfig, entries: Any, specs: Sequence[TensorSpec], wired: set[str]
-) -> None:
+def _complete_tensors(config: ModelConfig, entries: Any, specs: Sequence[TensorSpec], wired: set[str]) -> None:
     """Fills gaps of listed tensors; lists all when none is."""
     has_batch_axis = config.max_batch_size > 0
     if not entries:

@@ -172,9 +172,7 @@ class OnnxModel(Model):
     def _instance_class(self, device: str) -> type[OnnxInstance]:
         """ONNX Runtime's Python interface binds no strings, and runs no BF16 without binding."""
         takes_strings = any(spec.datatype is DataType.BYTES for spec in self.signature.inputs)
-        uses_bf16 = any(
-            spec.datatype is DataType.BF16 for spec in (*self.signature.inputs, *self.signature.outputs)
-        )
+        uses_bf16 = any(spec.datatype is DataType.BF16 for spec in (*self.signature.inputs, *self.signature.outputs))
         if takes_strings and uses_bf16:
             raise Unsupported(f"{self.path} takes strings and has BF16 tensors: ONNX Runtime runs no such mix")
         wants_binding = device != "cpu" or uses_bf16

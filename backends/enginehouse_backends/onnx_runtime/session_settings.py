@@ -7,7 +7,6 @@ CPU memory comes from malloc instead of an arena that keeps the peak for ever (m
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import onnxruntime
 from enginehouse.backend import LoadContext
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import InvalidArgument, NotFound, Unsupported
+from enginehouse_backends.parameters import Parameters, default_threads
 
 ProviderList = list[tuple[str, dict[str, str]]]
 
@@ -45,56 +45,6 @@ _CUDA_CHOICES = {
     "arena_extend_strategy": ("kNextPowerOfTwo", "kSameAsRequested"),
 }
 _CUDA_PARAMETERS = ("gpu_mem_limit", "do_copy_in_default_stream", *_CUDA_CHOICES)
-
-
-class Parameters:
-    """The config's `parameters`, read as numbers and switches; errors name the model and the key."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._model_name = config.name
-        self.values = {key: parameter.string_value for key, parameter in config.parameters.items()}
-
-    def number(self, key: str) -> int | None:
-        text = self.values.get(key, "").strip()
-        if not text:
-            return None
-        try:
-            return int(text)
-        except ValueError:
-            raise self._error(key, text, "a whole number") from None
-
-    def switch(self, key: str) -> bool | None:
-        text = self.values.get(key, "").strip().lower()
-        if not text:
-            return None
-        if text in ("1", "true"):
-            return True
-        if text in ("0", "false"):
-            return False
-        raise self._error(key, text, "1, 0, true or false")
-
-    def choice(self, key: str, allowed: Mapping[int, Any]) -> Any:
-        number = self.number(key)
-        if number is None:
-            return None
-        if number not in allowed:
-            raise self._error(key, str(number), f"one of {', '.join(map(str, allowed))}")
-        return allowed[number]
-
-    def _error(self, key: str, found: str, allowed: str) -> InvalidArgument:
-        return InvalidArgument(
-            f"model '{self._model_name}': parameter '{key}' is '{found}', it must be {allowed}"
-        )
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: its affinity, and the share that its container was given."""
-    allowed = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return allowed
-    return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
 
 
 def session_options(context: LoadContext) -> onnxruntime.SessionOptions:
@@ -146,9 +96,7 @@ def _optimization_level(config: ModelConfig) -> Any:
     return by_level[level]
 
 
-def _set_threads(
-    options: onnxruntime.SessionOptions, context: LoadContext, parameters: Parameters
-) -> None:
+def _set_threads(options: onnxruntime.SessionOptions, context: LoadContext, parameters: Parameters) -> None:
     if context.backend_options.get("enable-global-threadpool") in ("1", "true"):
         options.use_per_session_threads = False
         return
@@ -157,12 +105,6 @@ def _set_threads(
     num_inter_threads = parameters.number("inter_op_thread_count")
     if num_inter_threads:
         options.inter_op_num_threads = num_inter_threads
-
-
-def default_threads(config: ModelConfig) -> int:
-    """The CPUs divided among the model's CPU instances. Never 0: ONNX Runtime would pin its threads."""
-    counts = [max(group.count, 1) for group in config.instance_group if group.kind != group.KIND_GPU]
-    return max(1, available_cpus() // max(1, sum(counts)))
 
 
 def set_global_threads(backend_options: Mapping[str, str]) -> None:
@@ -267,8 +209,7 @@ def _tensorrt_options(config: ModelConfig, parameters: Mapping[str, str]) -> dic
             precision = {"FP32": {}, "FP16": {"trt_fp16_enable": "1"}, "INT8": {"trt_int8_enable": "1"}}
             if value not in precision:
                 raise InvalidArgument(
-                    f"model '{config.name}': unsupported precision mode '{value}', it must be FP32, FP16 "
-                    f"or INT8"
+                    f"model '{config.name}': unsupported precision mode '{value}', it must be FP32, FP16 or INT8"
                 )
             options.update(precision[value])
         elif key in _TENSORRT_NAMES or key.startswith("trt_"):

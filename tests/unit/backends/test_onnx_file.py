@@ -37,9 +37,7 @@ def test_missing_shape_differs_from_no_dimensions(tmp_path: Path) -> None:
 
 def test_files_that_hold_weights_are_named(tmp_path: Path) -> None:
     path = scaled(tmp_path / "model.onnx")
-    onnx.save_model(
-        onnx.load(path), str(path), save_as_external_data=True, location="big.bin", size_threshold=0
-    )
+    onnx.save_model(onnx.load(path), str(path), save_as_external_data=True, location="big.bin", size_threshold=0)
     assert read_onnx_file(path).external_files == ("big.bin",)
 
 

@@ -17,7 +17,8 @@ from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError, InvalidArgument, NotFound, Unsupported
 from enginehouse.types import DataType, Tensor
 from enginehouse_backends.onnx_runtime import BoundOnnxInstance, OnnxModel, OnnxRuntimeBackend
-from enginehouse_backends.onnx_runtime.session_settings import default_threads, providers, session_options
+from enginehouse_backends.onnx_runtime.session_settings import providers, session_options
+from enginehouse_backends.parameters import default_threads
 
 from . import onnx_models
 
