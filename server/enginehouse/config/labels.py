@@ -17,7 +17,8 @@ def read_labels(config: ModelConfig, model_directory: Path) -> dict[str, list[st
         path = model_directory / output.label_filename
         if not path.resolve().is_relative_to(model_directory.resolve()):
             raise Unsupported(
-                f"label file path '{path}' for output '{output.name}' in model '{config.name}' is outside model directory"
+                f"label file path '{path}' for output '{output.name}' in model '{config.name}' is outside "
+                "model directory"
             )
         try:
             labels[output.name] = path.read_text(encoding="utf-8", errors="replace").splitlines()

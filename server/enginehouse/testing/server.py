@@ -5,7 +5,6 @@ Ports are free ones on 127.0.0.1; the process ends with the block, and its log i
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
@@ -108,10 +107,11 @@ class ServerProcess:
         return process.wait()
 
     def is_ready(self) -> bool:
-        with contextlib.suppress(OSError, urllib.error.URLError):
+        try:
             with urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=5) as answer:
                 return bool(answer.status == 200)
-        return False
+        except (OSError, urllib.error.URLError):
+            return False
 
     def _until_ready(self) -> None:
         deadline_s = time.monotonic() + self._ready_timeout_s
