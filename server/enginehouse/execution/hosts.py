@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from enginehouse.backend import Backend, HostKind, LoadContext, MemoryNeeds, Placement
+from enginehouse.config.backends import implementation_of
 from enginehouse.config.schema import ModelConfig, ModelServing
 from enginehouse.errors import InvalidArgument
 from enginehouse.execution import messages as m
@@ -18,6 +19,7 @@ from enginehouse.execution.contract import HostedModel, HostHealth, MemoryEntry,
 from enginehouse.execution.devices import CpuRuntime, CudaRuntime, DeviceRuntime, SimulatedRuntime
 from enginehouse.execution.ledger import Ledger
 from enginehouse.execution.mailbox import Mailbox
+from enginehouse.execution.parking import Parking
 from enginehouse.execution.placement import Machine, placements, with_explicit_groups
 from enginehouse.execution.process_host import HostProcess
 from enginehouse.execution.process_model import ProcessHostedModel
@@ -92,21 +94,47 @@ class ModelHosts:
         self._backends: dict[str, Backend] = {}
         self._mailbox: Mailbox | None = None
         self._desk: ServiceDesk | None = None
+        self._parking = Parking()
         self._loaded: list[HostedModel] = []
 
     async def complete_config(self, context: LoadContext) -> ModelConfig:
-        source = find_backend(context.config.backend, self.options.backend_directories)
+        source = self._find(context)
         context = self._with_backend_options(context, source)
         backend = self._backend(source)
-        loop = asyncio.get_running_loop()
-        try:
-            completed = await loop.run_in_executor(None, backend.complete_config, context)
-        except Exception as problem:
-            raise as_error(problem) from problem
+        if wanted_host(context.config, backend, self.options.default_hosts) is HostKind.THREAD:
+            loop = asyncio.get_running_loop()
+            try:
+                completed = await loop.run_in_executor(None, backend.complete_config, context)
+            except Exception as problem:
+                raise as_error(problem) from problem
+        else:
+            completed = await self._complete_in_process(source, backend, context)
         return with_explicit_groups(completed, self.machine)
 
+    async def _complete_in_process(self, source: BackendSource, backend: Backend, context: LoadContext) -> ModelConfig:
+        """The process stays for a while: the load that follows is its first tenant."""
+        process = self._new_process(context.name, "", self._runs_solo(backend, context.config))
+        sent = model_source(source, context)
+        policy = SupervisionPolicy.of_config(context.config, self.options.supervision)
+        try:
+            completed = await process.complete_config(sent, policy.start_timeout_s)
+        except BaseException:
+            await process.close()
+            raise
+        await self._parking.park((sent.model_directory, sent.version), process)
+        return ModelConfig.FromString(completed)
+
+    def _runs_solo(self, backend: Backend, config: ModelConfig) -> bool:
+        """Whether a process of this model holds just one instance."""
+        if backend.process_per_instance:
+            return True
+        return len(placements(with_explicit_groups(config, self.machine), self.machine)) == 1
+
+    def _find(self, context: LoadContext) -> BackendSource:
+        return find_backend(implementation_of(context.config.backend), self.options.backend_directories)
+
     async def load(self, context: LoadContext, on_health: Callable[[HostHealth], None]) -> HostedModel:
-        source = find_backend(context.config.backend, self.options.backend_directories)
+        source = self._find(context)
         backend = self._backend(source)
         config = with_explicit_groups(context.config, self.machine)
         context = self._with_backend_options(replace(context, config=config), source)
@@ -120,6 +148,7 @@ class ModelHosts:
         return hosted
 
     async def close(self) -> None:
+        await self._parking.close()
         for hosted in list(self._loaded):
             await hosted.close()
 
@@ -136,7 +165,7 @@ class ModelHosts:
             context = replace(context, services=self._services_for(context))
             hosted = await load_in_threads(backend, context, wanted, self._results())
         else:
-            hosted = self._in_processes(source, backend, context, len(wanted), on_health)
+            hosted = self._in_processes(source, backend, context, on_health)
             await hosted.start(wanted)
         hosted.on_closed = partial(self._forget, hosted, context.name, context.version)
         self._loaded.append(hosted)
@@ -147,21 +176,25 @@ class ModelHosts:
         source: BackendSource,
         backend: Backend,
         context: LoadContext,
-        num_instances: int,
         on_health: Callable[[HostHealth], None],
     ) -> ProcessHostedModel:
         apart = backend.process_per_instance
         policy = SupervisionPolicy.of_config(context.config, self.options.supervision)
+        solo = self._runs_solo(backend, context.config)
+        key = (str(context.model_directory), context.version)
 
-        def make_process(what: str) -> HostProcess:
-            name = (
-                f"the process of model '{context.name}' (instance '{what}')"
-                if apart
-                else f"the process of model '{context.name}'"
-            )
-            return HostProcess(name, Launch(), self._service_desk(), apart or num_instances == 1, MIN_SEGMENT_BYTES)
+        def make_process(instance: str) -> HostProcess:
+            parked = self._parking.take(key)
+            if parked is not None and parked.is_solo == solo and parked.is_running:
+                parked.name = process_name(context.name, instance if apart else "")
+                return parked
+            return self._new_process(context.name, instance if apart else "", solo)
 
-        return ProcessHostedModel(context, model_source(source, context), policy, make_process, apart, on_health)
+        sent = model_source(source, context)
+        return ProcessHostedModel(context, sent, policy, make_process, apart, on_health)
+
+    def _new_process(self, model: str, instance: str, solo: bool) -> HostProcess:
+        return HostProcess(process_name(model, instance), Launch(), self._service_desk(), solo, MIN_SEGMENT_BYTES)
 
     def _forget(self, hosted: HostedModel, name: str, version: int) -> None:
         self._loaded.remove(hosted)
@@ -209,6 +242,11 @@ class ModelHosts:
         if source.model_file:
             options[BACKEND_MODEL_OPTION] = source.model_file
         return replace(context, backend_options=options)
+
+
+def process_name(model: str, instance: str) -> str:
+    """How errors call a process."""
+    return f"the process of model '{model}'" + (f" (instance '{instance}')" if instance else "")
 
 
 def model_source(source: BackendSource, context: LoadContext) -> m.ModelSource:

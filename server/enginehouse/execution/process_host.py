@@ -144,34 +144,34 @@ class Tenant:
 class HostProcess:
     """One supervised worker process."""
 
-    def __init__(
-        self,
-        name: str,
-        launch: Launch,
-        desk: ServiceDesk,
-        solo: bool,
-        first_bytes: int,
-        worker: WorkerProcess | None = None,
-    ) -> None:
-        """`worker`: one that runs already, started with this launch."""
+    def __init__(self, name: str, launch: Launch, desk: ServiceDesk, solo: bool, first_bytes: int) -> None:
         self.name = name
+        self.is_solo = solo
         self.tenants: list[Tenant] = []
-        self.worker = worker
-        if worker is not None:
-            worker.what, worker.on_service, worker.on_end = name, self._on_service, self._on_end
+        self.worker: WorkerProcess | None = None
         self._launch = launch
         self._desk = desk
-        self._solo = solo
         self._first_bytes = first_bytes
         self._closing = False
         self._restarting: asyncio.Task[None] | None = None
         self.stopped_since_s: float | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self.worker is not None and self.worker.alive
+
+    async def complete_config(self, source: m.ModelSource, timeout_s: float) -> bytes:
+        """A serialized ModelConfig. Raises what the backend raises."""
+        worker = self._running_worker()
+        completed: bytes = await worker.call(lambda call_id: m.CompleteConfig(call_id, source), timeout_s)
+        return completed
 
     # --- its tenants
 
     async def attach(self, tenant: Tenant) -> None:
         """Loads the tenant, starting the process if it doesn't run. Raises what loading raises."""
         worker = self._running_worker()
+        worker.what = self.name
         self.tenants.append(tenant)
         try:
             await self._load(worker, tenant)
@@ -207,7 +207,8 @@ class HostProcess:
 
     def _running_worker(self) -> WorkerProcess:
         if self.worker is None or not self.worker.alive:
-            mode = "solo" if self._solo else "shared"
+            mode = "solo" if self.is_solo else "shared"
+            self._closing = False
             self.worker = WorkerProcess(
                 self._launch, [mode], self.name, self._on_service, self._on_end, self._first_bytes
             )
@@ -283,6 +284,7 @@ class HostProcess:
             if tenant.model_id == getattr(message, "model_id", tenant.model_id):
                 self._desk.handle(worker, message, tenant.model.name, tenant.model.version)
                 return
+        self._desk.handle(worker, message, self.name, 0)  # while a config is being completed
 
     def _on_end(self, worker: WorkerProcess, how: str) -> None:
         self._desk.forget(worker)

@@ -11,6 +11,7 @@ import select
 import socket
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ from enginehouse.execution import messages as m
 from enginehouse.execution.slab import NO_BLOCK, ReaderSlab, Segment, WriterSlab
 
 _RECEIVE_BYTES = 1 << 16
-_MAX_DESCRIPTORS = 8
+_ANCILLARY_BYTES = socket.CMSG_SPACE(8 * array("i").itemsize)
 
 
 class ChannelClosed(BaseException):
@@ -148,15 +149,17 @@ class WorkerChannel:
                 poller.register(self._socket, select.POLLIN)
                 poller.poll(timeout_s * 1000)
         try:
-            data, descriptors, _, _ = socket.recv_fds(self._socket, _RECEIVE_BYTES, _MAX_DESCRIPTORS, flags)
+            # Not socket.recv_fds: Python 3.11's forgets the flags.
+            data, ancillary, _, _ = self._socket.recvmsg(_RECEIVE_BYTES, _ANCILLARY_BYTES, flags)
         except BlockingIOError:
             return
         except OSError:
-            data, descriptors = b"", []
+            data, ancillary = b"", []
         if not data:
             self._closed = True
             raise ChannelClosed
-        self._descriptors.extend(descriptors)
+        for _, _, raw in ancillary:
+            self._descriptors.extend(array("i", raw))
         for message in self._frames.feed(data):
             if not self._take_memory(message):
                 self._on_message(message)
