@@ -115,3 +115,24 @@ def save_class(folder: Path, save: Callable[[Any, Path], None], filename: str) -
     linear = nn.Linear(4, 2)
     save({f"part.linear.{key}": value for key, value in linear.state_dict().items()}, folder / filename)
     return linear
+
+
+class IdentityByName(nn.Module):
+    def forward(self, INPUT: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"OUTPUT": INPUT}
+
+
+class Heavy(nn.Module):
+    """As many bytes of weights as asked for, all zero."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_bytes // 4))
+
+    def forward(self, INPUT: torch.Tensor) -> torch.Tensor:
+        return INPUT + self.weight.sum()
+
+
+class HeavyByName(Heavy):
+    def forward(self, INPUT: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {"OUTPUT": INPUT + self.weight.sum()}
