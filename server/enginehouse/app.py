@@ -35,6 +35,8 @@ logger = logging.getLogger("enginehouse.app")
 GIL_SWITCH_INTERVAL_S = 0.0005
 """Other people's native backends hold the GIL: the loop gets it back this fast (IPC measurements)."""
 
+IDLE_LOOK_INTERVAL_S = 1.0
+
 
 class StartFailed(Exception):
     """The server can't start; the text is what follows "error: " on stderr."""
@@ -75,7 +77,7 @@ class Server:
         self.core.lifecycle = self.lifecycle
         self.core.source = self.source
         self._front_ends: Sequence[FrontEnd] = ()
-        self._watcher: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Raises StartFailed; then nothing is left running."""
@@ -93,23 +95,22 @@ class Server:
         rows = [(entry.name, entry.version, entry.state, entry.reason) for entry in index]
         logger.info("\n%s", models_table(rows), extra=unescaped())
         if self.options.model_control_mode is ModelControlMode.POLL:
-            self._watcher = asyncio.create_task(
-                follow(
-                    self.source.roots,
-                    self.lifecycle,
-                    settle_s=self.options.repository_settle_ms / 1000,
-                    poll_s=self.options.repository_poll_secs,
-                ),
-                name="watch repositories",
+            following = follow(
+                self.source.roots,
+                self.lifecycle,
+                settle_s=self.options.repository_settle_ms / 1000,
+                poll_s=self.options.repository_poll_secs,
             )
+            self._watchers.append(asyncio.create_task(following, name="watch repositories"))
+        self._watchers.append(asyncio.create_task(self._unload_idle(), name="unload idle models"))
 
     async def stop(self) -> None:
         """Not ready first; then what was accepted is answered; then everything is given back."""
         self.core.draining = True
         if self.options.drain_delay_secs:
             await asyncio.sleep(self.options.drain_delay_secs)
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for watcher in self._watchers:
+            watcher.cancel()
         logger.info("Waiting for in-flight requests to complete.")
         grace_s = float(self.options.exit_timeout_secs)
         await asyncio.gather(*(front_end.stop(grace_s) for front_end in self._front_ends))
@@ -120,6 +121,11 @@ class Server:
         await self.hosts.close()
         self.core.tracing.close()
         self.metrics.close()
+
+    async def _unload_idle(self) -> None:
+        while True:
+            await asyncio.sleep(IDLE_LOOK_INTERVAL_S)
+            await self.lifecycle.unload_idle()
 
     async def _take_down(self) -> None:
         closing = asyncio.ensure_future(self.lifecycle.close())

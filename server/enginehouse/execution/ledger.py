@@ -10,6 +10,14 @@ from enginehouse.execution.contract import DeviceBudget, MemoryEntry
 GIB = 1 << 30
 
 
+class InsufficientMemory(ResourceExhausted):
+    """A load that doesn't fit. `missing`: bytes by device that would have to come free."""
+
+    def __init__(self, message: str, missing: Mapping[str, int]) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
 class Ledger:
     """One per server. Entries are booked before a load begins and measured once it is done."""
 
@@ -33,9 +41,10 @@ class Ledger:
         return {device: count for device, count in missing.items() if count > 0 and needed[device] > 0}
 
     def book(self, wanted: Sequence[MemoryEntry]) -> None:
-        """Raises ResourceExhausted with the numbers, and books nothing, if it doesn't fit."""
-        for device in self.missing_bytes(wanted):
-            raise ResourceExhausted(self._refusal(device, wanted))
+        """Raises InsufficientMemory with the numbers, and books nothing, if it doesn't fit."""
+        missing = self.missing_bytes(wanted)
+        for device in missing:
+            raise InsufficientMemory(self._refusal(device, wanted), missing)
         self._entries.extend(wanted)
 
     def replace(self, model: str, version: int, entries: Sequence[MemoryEntry]) -> None:

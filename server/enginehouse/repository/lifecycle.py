@@ -9,16 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from enginehouse.config.schema import ModelConfig
+from enginehouse.config.schema import ModelConfig, ModelServing
 from enginehouse.errors import EnginehouseError, Internal, InvalidArgument
+from enginehouse.execution.ledger import InsufficientMemory
+from enginehouse.execution.residency import Residency, Resident, choose_victims, outstayed
 from enginehouse.repository.definition import ModelDefinition, Override, PollError
 from enginehouse.repository.registry import UNLOADED, Registry, ServedVersion, VersionState
 
 logger = logging.getLogger("enginehouse.repository")
+
+MAX_EVICTION_ROUNDS = 100
+"""Others may book what was just freed; after so many lost races the refusal stands."""
+_RESIDENCY = {
+    ModelServing.RESIDENCY_AUTO: Residency.AUTO,
+    ModelServing.RESIDENCY_PINNED: Residency.PINNED,
+    ModelServing.RESIDENCY_TTL: Residency.TTL,
+}
 
 
 class ModelSource(Protocol):
@@ -50,6 +61,10 @@ class VersionBuilder(Protocol):
         """Raises InvalidArgument for steps that don't fit the loaded members."""
         ...
 
+    def bytes_of(self, name: str) -> Mapping[str, int]:
+        """What the model holds, by device."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
@@ -67,6 +82,8 @@ class _Loaded:
     definition: ModelDefinition
     versions: dict[int, str]
     explicit: bool
+    load_s: float = 0.0
+    """How long it took: what its return would cost."""
 
 
 def plan_load(definition: ModelDefinition, current: _Loaded | None, ready: Iterable[int]) -> LoadPlan:
@@ -124,6 +141,8 @@ class Lifecycle:
         self._locks: dict[str, asyncio.Lock] = {}
         self._loaded: dict[str, _Loaded] = {}
         self._failed: dict[str, ModelDefinition] = {}
+        self._evicted: dict[str, bool] = {}
+        """Models that left for others' sake or for want of requests, and whether they were loaded by name."""
         self._retiring: dict[str, set[asyncio.Task[None]]] = {}
 
     # --- what the outside asks for
@@ -188,6 +207,13 @@ class Lifecycle:
         """Versions that serve or are being taken down."""
         retiring = sum(len(tasks) for tasks in self._retiring.values())
         return retiring + sum(1 for _ in self.registry.all_ready())
+
+    async def unload_idle(self) -> Sequence[str]:
+        """Unloads models whose idle time is over; their next request loads them again. Their names."""
+        names = outstayed(self._residents())
+        for name in names:
+            await self._evict(name, "idle")
+        return names
 
     def list_on_demand(self, name: str) -> None:
         self.registry.record(name).on_demand = True
@@ -262,6 +288,7 @@ class Lifecycle:
         ready = {served.version: served for served in self.registry.ready_versions(name)}
         current = self._loaded.get(name)
         plan = plan_load(definition, current, ready)
+        started_s = time.monotonic()
         if plan.resize:
             for served in ready.values():
                 await self._builder.set_instances(served, definition.config)
@@ -270,9 +297,13 @@ class Lifecycle:
         for version in plan.retire:
             self._retire_version(name, ready[version])
         self._loaded[name] = _Loaded(
-            definition, dict(definition.fingerprints), explicit or (current is not None and current.explicit)
+            definition,
+            dict(definition.fingerprints),
+            explicit or (current is not None and current.explicit),
+            time.monotonic() - started_s if plan.build or current is None else current.load_s,
         )
         record.on_demand = definition.on_demand
+        self._evicted.pop(name, None)
 
     async def _replace(
         self, definition: ModelDefinition, versions: Sequence[int], ready: Mapping[int, ServedVersion]
@@ -296,6 +327,7 @@ class Lifecycle:
             await asyncio.gather(*(self._builder.retire(served) for served in built))
             self._note_failures(name, versions, problems, ready)
         for served in built:
+            served.last_used_ns = time.monotonic_ns()
             self.registry.set_state(name, served.version, VersionState.READY, served=served)
             logger.info("successfully loaded '%s' version %s", name, served.version)
         for served in built:
@@ -329,12 +361,71 @@ class Lifecycle:
             for attempt in range(self._num_retries + 1):
                 try:
                     logger.info("loading: %s:%s", definition.name, version)
-                    return await self._builder.build(definition, version)
+                    return await self._build_with_room(definition, version)
                 except EnginehouseError as error:
                     if attempt == self._num_retries:
                         raise
                     logger.warning("load of '%s' failed, trying again: %s", definition.name, error)
             raise AssertionError("the last attempt returns or raises: a bug")
+
+    async def _build_with_room(self, definition: ModelDefinition, version: int) -> ServedVersion:
+        """Where memory is short, others are unloaded as far as their residency allows."""
+        for _ in range(MAX_EVICTION_ROUNDS):
+            try:
+                return await self._builder.build(definition, version)
+            except InsufficientMemory as shortage:
+                others = [one for one in self._residents() if one.name != definition.name]
+                victims = choose_victims(others, shortage.missing)
+                if not victims and not self._any_retiring(definition.name):
+                    raise
+                for name in victims:
+                    await self._evict(name, f"evicted for '{definition.name}'")
+                await self._wait_for_others(definition.name)
+        return await self._builder.build(definition, version)
+
+    async def _evict(self, name: str, why: str) -> None:
+        """Takes the model down and leaves it to its next request. Waits until its memory is back."""
+        loaded = self._loaded.get(name)
+        if loaded is None:
+            return
+        for served in self.registry.ready_versions(name):
+            logger.info("unloading %s:%s (%s)", name, served.version, why)
+            self.registry.set_state(name, served.version, VersionState.UNLOADING, served=served)
+            self._retire_in_background(name, served, UNLOADED)
+        self.registry.record(name).on_demand = True
+        del self._loaded[name]
+        self._evicted[name] = loaded.explicit
+        await asyncio.wait(set(self._retiring[name]))
+
+    def _residents(self) -> list[Resident]:
+        now_ns = time.monotonic_ns()
+        residents = []
+        for name, loaded in self._loaded.items():
+            ready = self.registry.ready_versions(name)
+            if not ready or loaded.definition.config.HasField("ensemble_scheduling"):
+                continue
+            serving = loaded.definition.config.serving
+            residents.append(
+                Resident(
+                    name,
+                    _RESIDENCY[serving.residency],
+                    self._builder.bytes_of(name),
+                    (now_ns - max(served.last_used_ns for served in ready)) / 1e9,
+                    loaded.load_s,
+                    any(served.scheduler is not None and served.scheduler.num_in_flight for served in ready),
+                    serving.idle_unload_s,
+                )
+            )
+        return residents
+
+    def _any_retiring(self, name: str) -> bool:
+        return any(tasks for other, tasks in self._retiring.items() if other != name)
+
+    async def _wait_for_others(self, name: str) -> None:
+        """Memory of what is going down comes back in a moment."""
+        tasks = {task for other, tasks in self._retiring.items() if other != name for task in tasks}
+        if tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
     # --- unloading
 

@@ -90,6 +90,8 @@ class ModelRecord:
     """The highest ready version."""
     on_demand: bool = False
     """Listed, and loaded by its first request."""
+    last_config: ModelConfig | None = None
+    """Of the version that was ready last: what ensembles know of a member that was evicted."""
 
 
 class Registry:
@@ -165,6 +167,8 @@ class Registry:
                 if not ready_only:
                     entries.append(IndexEntry(name))
                 continue
+            if record.on_demand and not record.versions and not ready_only:
+                entries.append(IndexEntry(name, reason="on demand: loaded by its first request"))
             for number, entry in sorted(record.versions.items()):
                 if not ready_only or entry.state is VersionState.READY:
                     entries.append(IndexEntry(name, str(number), entry.state.value, entry.reason))
@@ -195,6 +199,8 @@ class Registry:
     def _refresh(record: ModelRecord) -> None:
         ready = _ready(record)
         record.default = ready[-1] if ready else None
+        if ready:
+            record.last_config = ready[-1].config
         names = [str(served.version) for served in ready]
         for served in ready:
             served.ready_versions = names

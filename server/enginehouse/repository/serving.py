@@ -96,6 +96,12 @@ class Serving:
                 )
         check_ensemble(config, self._config_of)
 
+    def bytes_of(self, name: str) -> Mapping[str, int]:
+        found: dict[str, int] = {}
+        for entry in self._hosts.ledger.entries(name):
+            found[entry.device] = found.get(entry.device, 0) + entry.num_bytes
+        return found
+
     # --- the steps of a build
 
     async def _complete(self, context: LoadContext) -> ModelConfig:
@@ -190,5 +196,9 @@ class Serving:
         return entry is not None and entry.served is served
 
     def _config_of(self, name: str, version: str) -> ModelConfig:
+        """Of a ready model, or of one that its next request loads again."""
+        record = self._registry.models.get(name)
+        if record is not None and record.on_demand and record.default is None and record.last_config is not None:
+            return record.last_config
         return self._registry.find(name, version).config
 

@@ -11,6 +11,7 @@ from google.protobuf import text_format
 
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import InvalidArgument
+from enginehouse.execution.ledger import InsufficientMemory
 from enginehouse.repository.definition import ModelDefinition, Override, PollError
 from enginehouse.repository.registry import Registry, ServedVersion
 
@@ -55,6 +56,9 @@ class Builder:
     broken: set[tuple[str, int]] = field(default_factory=set)
     up: list[ServedVersion] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    limit: int = 1 << 60
+    """Bytes that all models may hold together, by `sizes`."""
     busy: asyncio.Event | None = None
     """Set it to keep retiring versions until the event is set: requests in flight."""
 
@@ -62,6 +66,9 @@ class Builder:
         await asyncio.sleep(0)
         if (found.name, version) in self.broken:
             raise InvalidArgument("no luck")
+        missing = sum(self.sizes.get(one.name, 0) for one in self.up) + self.sizes.get(found.name, 0) - self.limit
+        if missing > 0:
+            raise InsufficientMemory(f"model '{found.name}' doesn't fit", {"cpu": missing})
         built = served(found.name, version, found.config)
         self.up.append(built)
         return built
@@ -73,6 +80,9 @@ class Builder:
 
     async def set_instances(self, changed: ServedVersion, config: ModelConfig) -> None:
         self.resized.append(changed.name)
+
+    def bytes_of(self, name: str) -> Mapping[str, int]:
+        return {"cpu": self.sizes.get(name, 0)}
 
     def check_ensemble(self, config: ModelConfig) -> None:
         for step in config.ensemble_scheduling.step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -221,3 +222,54 @@ async def test_refresh_tries_a_broken_model_again_only_when_it_has_changed() -> 
     repository.put(definition(versions={1: "mended"}))
     await repository.lifecycle.refresh()
     assert repository.registry.is_ready("m")
+
+
+def crowded(*models: ModelDefinition) -> Repository:
+    """Room for two models of ten bytes each."""
+    repository = Repository(*models)
+    repository.builder.sizes = {model.name: 10 for model in models}
+    repository.builder.limit = 20
+    return repository
+
+
+@pytest.mark.asyncio
+async def test_a_load_that_needs_room_evicts_the_model_idle_the_longest() -> None:
+    repository = crowded(definition("a"), definition("b"), definition("c"))
+    await repository.lifecycle.load("a")
+    await repository.lifecycle.load("b")
+    repository.registry.find("a").last_used_ns = time.monotonic_ns()
+    await repository.lifecycle.load("c")
+    assert [one.name for one in repository.builder.up] == ["a", "c"]
+    assert repository.registry.models["b"].on_demand
+
+
+@pytest.mark.asyncio
+async def test_pinned_models_are_not_evicted_and_the_refusal_has_the_numbers() -> None:
+    pinned = "serving { residency: RESIDENCY_PINNED }"
+    repository = crowded(definition("a", text=pinned), definition("b", text=pinned), definition("c"))
+    await repository.lifecycle.load("a")
+    await repository.lifecycle.load("b")
+    with pytest.raises(InvalidArgument, match="Resource exhausted: model 'c' doesn't fit"):
+        await repository.lifecycle.load("c")
+    assert [one.name for one in repository.builder.up] == ["a", "b"]
+
+
+@pytest.mark.asyncio
+async def test_evicting_a_member_leaves_its_ensemble_up() -> None:
+    repository = crowded(definition(), definition("e", text=ENSEMBLE), definition("x"), definition("y"))
+    repository.builder.sizes["e"] = 0
+    for name in ("e", "x", "y"):
+        await repository.lifecycle.load(name)
+    assert not repository.registry.is_ready("m")
+    assert repository.registry.is_ready("e")
+
+
+@pytest.mark.asyncio
+async def test_idle_models_go_when_their_time_is_over() -> None:
+    repository = Repository(definition(text="serving { idle_unload_s: 60 }"), definition("stays"))
+    for name in ("m", "stays"):
+        await repository.lifecycle.load(name)
+    repository.registry.find("m").last_used_ns = time.monotonic_ns() - 61 * 10**9
+    assert await repository.lifecycle.unload_idle() == ["m"]
+    assert repository.registry.models["m"].on_demand
+    assert repository.registry.is_ready("stays")
