@@ -7,6 +7,7 @@ them. What a value may be is checked where it is read, as the texts name the rea
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import rapidjson
@@ -23,8 +24,12 @@ _SYNTAX = re.compile(r"Parse error at offset (\d+): (.*)", re.DOTALL)
 
 def parse_json(body: Buffer) -> Any:
     """Raises Internal (500 in this protocol) for what is no JSON."""
+    return _parse(rapidjson.loads, body)
+
+
+def _parse(read: Callable[[bytes], Any], body: Buffer) -> Any:
     try:
-        return rapidjson.loads(body if isinstance(body, bytes) else bytes(body))
+        return read(body if isinstance(body, bytes) else bytes(body))
     except rapidjson.JSONDecodeError as error:
         raise Internal(f"failed to parse the request JSON buffer: {_syntax_text(str(error))}") from None
     except UnicodeDecodeError as error:
@@ -33,6 +38,23 @@ def parse_json(body: Buffer) -> Any:
         ) from None
     except RecursionError:
         raise nesting_error() from None
+
+
+class Members(list[tuple[str, Any]]):
+    """An object whose names may repeat: its members in order."""
+
+
+class _MembersDecoder(rapidjson.Decoder):
+    def start_object(self) -> Members:
+        return Members()
+
+
+_decode_members = _MembersDecoder()
+
+
+def parse_json_members(body: Buffer) -> Any:
+    """As `parse_json`, with `Members` where it has dicts."""
+    return _parse(_decode_members, body)
 
 
 def nesting_error() -> InvalidArgument:

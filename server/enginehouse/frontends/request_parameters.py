@@ -87,7 +87,7 @@ def plain_parameter(key: str, value: Any) -> ParameterValue:
 
 
 class HeaderForwarding:
-    """Headers whose whole name matches the pattern become parameters and win over the body's."""
+    """Headers in whose name the pattern is found become parameters and win over the body's."""
 
     def __init__(self, pattern: str) -> None:
         # `(?-i)` in front asks for exact case; Python spells that as a group around everything.
@@ -99,7 +99,7 @@ class HeaderForwarding:
         if self._pattern is None:
             return
         for name, value in headers:
-            if self._pattern.fullmatch(name) is None:
+            if self._pattern.search(name) is None:
                 continue
             if name.startswith(RESERVED_PREFIX) or name in _RESERVED_HEADERS:
                 raise InvalidArgument(f"parameter key '{name}' is reserved for Triton usage and should not be a header")

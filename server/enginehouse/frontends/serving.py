@@ -17,6 +17,7 @@ from enginehouse.frontends.kserve_grpc.health import HealthMethods
 from enginehouse.frontends.kserve_grpc.methods import v2_methods
 from enginehouse.frontends.kserve_grpc.reflection import SERVICES, reflection_pool
 from enginehouse.frontends.kserve_http.front_end import v2_router
+from enginehouse.frontends.kserve_http.infer import JSON_ALLOWANCE
 from enginehouse.frontends.restricted_apis import RestrictedApis
 from enginehouse.frontends.shared_memory.regions import Regions
 from enginehouse.options import ServerOptions
@@ -50,7 +51,7 @@ def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd
         "HTTP",
         options.http_address,
         options.http_port,
-        max_body_bytes=options.http_max_input_size,
+        max_body_bytes=JSON_ALLOWANCE * options.http_max_input_size,
         reuse_port=options.reuse_http_port,
     )
 

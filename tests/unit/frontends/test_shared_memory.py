@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from enginehouse.config import schema
-from enginehouse.errors import AlreadyExists, EnginehouseError, Internal, InvalidArgument, NotFound, Unsupported
+from enginehouse.errors import AlreadyExists, EnginehouseError, Internal, InvalidArgument, NotFound
 from enginehouse.frontends.shared_memory.regions import RegionKind, Regions
 from enginehouse.frontends.shared_memory.system import open_region
 
@@ -138,9 +138,9 @@ async def test_cuda_regions_say_clearly_that_there_is_no_gpu(server: LittleServe
     status, answer = await post(
         server, "/v2/cudasharedmemory/region/c/register", {"raw_handle": handle, "byte_size": 4, "device_id": 0}
     )
-    assert status == 501
-    assert "needs a GPU" in answer["error"]
-    with pytest.raises(Unsupported):
+    assert status == 400
+    assert "GPUs not supported" in answer["error"]
+    with pytest.raises(InvalidArgument):
         await server.grpc(
             "CudaSharedMemoryRegister",
             schema.CudaSharedMemoryRegisterRequest(name="c", raw_handle=b"\0" * 64, byte_size=4).SerializeToString(),

@@ -40,38 +40,51 @@ def decode_infer(message: ModelInferRequest, request: InferRequest, options: Out
     `options.leases` may hold leases even when this raises: release them.
     """
     request.id = message.id
-    empty_final = _read_parameters(message.parameters, request)
-    raw = message.raw_input_contents
-    for output in message.outputs:
-        options.by_name[output.name] = _decode_output(output, options, regions)
-    request.requested_outputs = [output.name for output in message.outputs]
-    raw_index = 0
+    empty_final = _read_parameters(message.parameters, request) if message.parameters else False
+    inputs = request.inputs
+    raw = iter(message.raw_input_contents)
     for entry in message.inputs:
-        if entry.name in request.inputs:
-            raise InvalidArgument(f"{request_text(request.id)}input '{entry.name}' already exists in request")
-        datatype = _datatype(entry, message)
-        data: memoryview | DeviceData
-        if entry.parameters and (lease := _lease(entry, regions)) is not None:
-            options.leases.append(lease)
-            if entry.HasField("contents"):
-                raise InvalidArgument(
-                    "unexpected 'content' provided when using shared memory for " + _input_text(entry, message)
-                )
-            data = lease.view()
-        elif entry.HasField("contents"):
-            if raw:
-                raise InvalidArgument(
-                    f"contents field must not be specified when using raw_input_contents for '{entry.name}' "
-                    f"for model '{message.model_name}'"
-                )
-            data = memoryview(_typed_contents(entry, datatype, message))
-        elif raw_index < len(raw):
-            data = memoryview(raw[raw_index])
-            raw_index += 1
+        name = entry.name
+        if name in inputs:
+            raise InvalidArgument(f"{request_text(request.id)}input '{name}' already exists in request")
+        datatype = _datatype(entry)
+        if entry.parameters or entry.HasField("contents"):
+            data = _input_data(entry, datatype, message, options, regions)
         else:
-            raise InvalidArgument(f"unable to find data for {_input_text(entry, message)} in request.")
-        request.inputs[entry.name] = Tensor(entry.name, datatype, tuple(entry.shape), data)
+            data = None
+        if data is None:
+            found = next(raw, None)
+            if found is None:
+                raise InvalidArgument(f"unable to find data for {_input_text(entry, message)} in request.")
+            data = memoryview(found)
+        inputs[name] = Tensor(name, datatype, tuple(entry.shape), data)
+    if message.outputs:
+        request.requested_outputs = [output.name for output in message.outputs]
+        for output in message.outputs:
+            options.by_name[output.name] = _decode_output(output, options, regions)
     return empty_final
+
+
+def _input_data(
+    entry: Any, datatype: DataType, message: ModelInferRequest, options: OutputOptions, regions: Regions
+) -> memoryview | DeviceData | None:
+    """What the entry itself says where its data is; None if that is among the raw contents."""
+    lease = _lease(entry, regions)
+    if lease is not None:
+        options.leases.append(lease)
+        if entry.HasField("contents"):
+            raise InvalidArgument(
+                "unexpected 'content' provided when using shared memory for " + _input_text(entry, message)
+            )
+        return lease.view()
+    if not entry.HasField("contents"):
+        return None
+    if message.raw_input_contents:
+        raise InvalidArgument(
+            f"contents field must not be specified when using raw_input_contents for '{entry.name}' for model "
+            f"'{message.model_name}'"
+        )
+    return memoryview(_typed_contents(entry, datatype, message))
 
 
 def _input_text(entry: Any, message: ModelInferRequest) -> str:
@@ -86,7 +99,7 @@ class UnknownDatatype(InvalidArgument):
         self.input_name = input_name
 
 
-def _datatype(entry: Any, message: ModelInferRequest) -> DataType:
+def _datatype(entry: Any) -> DataType:
     try:
         return DataType.from_wire(entry.datatype)
     except KeyError:
@@ -100,6 +113,10 @@ def _typed_contents(entry: Any, datatype: DataType, message: ModelInferRequest) 
         values = getattr(contents, field)
         if not values:
             continue
+        if data:
+            raise InvalidArgument(
+                f"unexpected explicit tensor data for {_input_text(entry, message)}, binary data was already supplied."
+            )
         if datatype is not carried and datatype not in narrower:
             raise InvalidArgument(
                 f"unexpected explicit tensor data for {_input_text(entry, message)} of type "
@@ -131,6 +148,8 @@ def _read_parameters(parameters: Mapping[str, InferParameter], request: InferReq
             case "priority":
                 _expect(key, kind, "int64_param", "uint64_param")
                 request.priority = value.int64_param if kind == "int64_param" else value.uint64_param
+                if request.priority < 0:
+                    raise InvalidArgument("invalid value for 'priority', expected value >= 0.")
             case "timeout":
                 _expect(key, kind, "int64_param")
                 request.timeout_us = value.int64_param
@@ -180,7 +199,7 @@ def _decode_output(output: Any, options: OutputOptions, regions: Regions) -> Out
         if value.WhichOneof("parameter_choice") != "int64_param":
             raise InvalidArgument("invalid value type for 'classification' parameter, expected int64_param")
         if lease is not None:
-            raise InvalidArgument("Output can't set both 'shared_memory_region' and 'classification'")
+            raise InvalidArgument("output can't set both 'shared_memory_region' and 'classification'")
         if value.int64_param < 0:
             raise InvalidArgument(f"invalid value for 'classification' parameter, got {value.int64_param}")
         option.num_classes = value.int64_param

@@ -23,7 +23,7 @@ from enginehouse.frontends.http_message import (
 )
 from enginehouse.frontends.http_routes import PathParts
 from enginehouse.frontends.inference import AnswerStream
-from enginehouse.frontends.json_values import parse_json
+from enginehouse.frontends.json_values import parse_json_members
 from enginehouse.frontends.kserve_http.generate_codec import decode_generate, encode_generate
 from enginehouse.frontends.kserve_http.infer_codec import dump_json
 from enginehouse.frontends.request_parameters import HeaderForwarding
@@ -70,7 +70,7 @@ class GenerateHandler:
         served = await self._core.loaded_model(parts["model"], parts["version"])
         request = InferRequest(served.name, parts["version"])
         request.times.received_ns = http.received_ns or time.monotonic_ns()
-        decode_generate(request, parse_json(http.body), served.inputs)
+        decode_generate(request, parse_json_members(http.body), served.inputs)
         self._forwarding.apply(request, http.headers.items())
         self._traces.begin(request, http.headers.items())
         answers = AnswerStream(request)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from enginehouse.errors import InvalidArgument
-from enginehouse.frontends.json_values import JsonTypeError, about, as_members, as_string
-from enginehouse.frontends.request_parameters import plain_parameter
+from enginehouse.frontends.json_values import JsonTypeError, Members, about, as_string
+from enginehouse.frontends.request_parameters import plain_parameter, request_text
 from enginehouse.frontends.tensor_json import bytes_from_json, json_from_tensor
 from enginehouse.types import DataType, InferRequest, InferResponse, Tensor, TensorSpec
 
@@ -19,25 +19,33 @@ NESTED = "parameters"
 
 
 def decode_generate(request: InferRequest, document: Any, inputs: Mapping[str, TensorSpec]) -> None:
-    """Fills the request. Raises JsonTypeError and InvalidArgument with Triton's texts."""
-    if isinstance(document, dict) and "id" in document:
-        try:
-            request.id = as_string(document["id"])
-        except JsonTypeError as error:
-            raise about("Unable to parse 'id'", error) from None
-    for key, value in as_members(document).items():
-        if key == NESTED and key not in inputs:
-            _decode_nested(request, value, inputs)
-        else:
+    """Fills the request from what `parse_json_members` gave. Raises with Triton's texts."""
+    for key, value in _members(document):
+        if key == "id":
+            try:
+                request.id = as_string(value)
+            except JsonTypeError as error:
+                raise about("Unable to parse 'id'", error) from None
+        if key != NESTED:
             _decode_member(request, key, value, inputs)
+        elif key in inputs:
+            raise InvalidArgument(f"Keyword '{NESTED}' for nested schema also given as input tensor name")
+        else:
+            _decode_nested(request, value, inputs)
+
+
+def _members(document: Any) -> Members:
+    if isinstance(document, Members):
+        return document
+    raise JsonTypeError("attempt to get members for non-object")
 
 
 def _decode_nested(request: InferRequest, value: Any, inputs: Mapping[str, TensorSpec]) -> None:
-    if not isinstance(value, dict):
+    if not isinstance(value, Members):
         raise JsonTypeError(
             f"Expected JSON object for keyword: '{NESTED}': attempt to access JSON non-object as object"
         )
-    for key, member in value.items():
+    for key, member in value:
         try:
             _decode_member(request, key, member, inputs)
         except InvalidArgument as error:
@@ -51,7 +59,9 @@ def _decode_member(request: InferRequest, key: str, value: Any, inputs: Mapping[
     if spec is None:
         request.parameters[key] = plain_parameter(key, value)
         return
-    values = value if isinstance(value, list) else [value]
+    if key in request.inputs:
+        raise InvalidArgument(f"{request_text(request.id)}input '{key}' already exists in request")
+    values = value if isinstance(value, list) and not isinstance(value, Members) else [value]
     shape = _shape(spec, len(values))
     if spec.datatype in (DataType.FP16, DataType.BF16):
         raise InvalidArgument(
@@ -69,9 +79,11 @@ def _shape(spec: TensorSpec, num_elements: int) -> tuple[int, ...]:
     """Fixed sizes take their share of the elements, the last variable one what is left, others are 1."""
     left = num_elements
     for size in spec.dims:
-        if size > 0 and left % size == 0:
-            left //= size
-        elif size >= 0 and not size == left == 0:
+        if size > 0:
+            left, rest = divmod(left, size)
+            if rest:
+                raise _unfitting(spec)
+        elif size == 0 and left:
             raise _unfitting(spec)
     shape = list(spec.dims)
     for axis in reversed(range(len(shape))):

@@ -27,8 +27,7 @@ from enginehouse.frontends.http_message import (
 from enginehouse.frontends.http_routes import PathParts
 from enginehouse.frontends.inference import AnswerStream, infer_once
 from enginehouse.frontends.kserve_http.infer_codec import (
-    decode_infer,
-    decode_raw,
+    BodyDecoder,
     encode_response,
 )
 from enginehouse.frontends.output_options import OutputOptions
@@ -38,6 +37,8 @@ from enginehouse.frontends.shared_memory.regions import Regions
 from enginehouse.types import InferRequest, InferResponse
 
 _HEADER_LENGTH = "inference-header-content-length"
+JSON_ALLOWANCE = 4
+"""How much longer than the largest tensor a body may be: numbers written out take more bytes."""
 _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+)")
 
 
@@ -110,7 +111,7 @@ class InferHandler:
         if not encoding or encoding == "identity":
             return http.body
         try:
-            return decompress(http.body, encoding, self._max_input_bytes)
+            return decompress(http.body, encoding, JSON_ALLOWANCE * self._max_input_bytes)
         except InvalidArgument as error:
             raise InvalidArgument(f"{error} (request for model '{served.name}')") from None
 
@@ -123,10 +124,11 @@ class InferHandler:
         body: Buffer,
         header_length: int,
     ) -> None:
+        decoder = BodyDecoder(request, options, self._regions, self._max_input_bytes)
         if header_length:
-            decode_infer(request, options, body, header_length, self._regions)
+            decoder.decode(body, header_length)
         else:
-            decode_raw(request, options, body, served)
+            decoder.decode_raw(body, served)
         self._forwarding.apply(request, http.headers.items())
         self._traces.begin(request, http.headers.items())
 

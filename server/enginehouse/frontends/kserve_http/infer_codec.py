@@ -5,6 +5,7 @@ Pure but for leases of shared memory. Errors carry Triton's texts; JSON shape er
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from enginehouse.core import ServedVersion
 from enginehouse.errors import InvalidArgument
 from enginehouse.frontends.http_message import JSON, OCTETS, Buffer, HttpResponse
 from enginehouse.frontends.json_values import (
+    MAX_INT64,
     JsonTypeError,
     about,
     as_array,
@@ -53,55 +55,161 @@ class BinaryTail:
         return self.data[start : self.position]
 
 
-def decode_raw(request: InferRequest, options: OutputOptions, body: Buffer, served: ServedVersion) -> None:
-    """Fills the request from a body that is one tensor; every output comes back as bytes."""
-    try:
-        tensor = raw_tensor(served, memoryview(body))
-    except InvalidArgument as error:
-        raise InvalidArgument(request_text(request.id) + str(error)) from None
-    request.inputs[tensor.name] = tensor
-    options.default = OutputOption(binary=True)
+@dataclass(slots=True)
+class BodyDecoder:
+    """Fills one request and its options. `max_input_bytes` bounds tensors, whatever form they come in.
 
+    `options.leases` may hold leases even when a method raises: release them.
+    """
 
-def decode_infer(
-    request: InferRequest, options: OutputOptions, body: Buffer, header_length: int, regions: Regions
-) -> None:
-    """Fills request and options. `options.leases` may hold leases even when this raises: release them."""
-    document = parse_json(body if header_length == len(body) else memoryview(body)[:header_length])
-    tail = BinaryTail(memoryview(body)[header_length:])
-    inputs = _read_head(request, options, document)
-    for entry in inputs:
-        tensor = _decode_input(entry, tail, request, options, regions)
-        if tensor.name in request.inputs:
-            raise InvalidArgument(f"{request_text(request.id)}input '{tensor.name}' already exists in request")
-        request.inputs[tensor.name] = tensor
-    if tail.num_left:
-        raise InvalidArgument(f"unexpected additional input data for model '{request.model_name}'")
-    if "outputs" in document:
+    request: InferRequest
+    options: OutputOptions
+    regions: Regions
+    max_input_bytes: int
+
+    def decode_raw(self, body: Buffer, served: ServedVersion) -> None:
+        """From a body that is one tensor; every output comes back as bytes."""
+        self._check_size("request body size of", len(body))
         try:
-            outputs = as_array(document["outputs"])
-        except JsonTypeError as error:
-            raise about("Unable to parse 'outputs'", error) from None
-        request.requested_outputs = [_decode_output(entry, options, regions) for entry in outputs]
+            tensor = raw_tensor(served, memoryview(body))
+        except InvalidArgument as error:
+            raise InvalidArgument(request_text(self.request.id) + str(error)) from None
+        self.request.inputs[tensor.name] = tensor
+        self.options.default = OutputOption(binary=True)
 
-
-def _read_head(request: InferRequest, options: OutputOptions, document: Any) -> list[Any]:
-    """Takes over id and parameters; returns the inputs' entries."""
-    if isinstance(document, dict):
-        if "id" in document:
+    def decode(self, body: Buffer, header_length: int) -> None:
+        """From JSON of that length and the binary tensors behind it."""
+        if header_length == len(body):
+            document, tail = parse_json(body), BinaryTail(memoryview(b""))
+        else:
+            self._check_size("request body size of", len(body) - header_length)
+            document = parse_json(memoryview(body)[:header_length])
+            tail = BinaryTail(memoryview(body)[header_length:])
+        request = self.request
+        for entry in self._read_head(document):
+            tensor = self._input(entry, tail)
+            if tensor.name in request.inputs:
+                raise InvalidArgument(f"{request_text(request.id)}input '{tensor.name}' already exists in request")
+            request.inputs[tensor.name] = tensor
+        if tail.num_left:
+            raise InvalidArgument(f"unexpected additional input data for model '{request.model_name}'")
+        if "outputs" in document:
             try:
-                request.id = as_string(document["id"])
+                outputs = as_array(document["outputs"])
             except JsonTypeError as error:
-                raise about("Unable to parse 'id'", error) from None
-        parameters = document.get("parameters")
-        if "parameters" in document:
-            set_parameters(request, parameters)
-            assert isinstance(parameters, dict)
-            options.default = OutputOption(binary=parameters.get("binary_data_output", False))
-    try:
-        return as_array(member(document, "inputs"))
-    except JsonTypeError as error:
-        raise about("Unable to parse 'inputs'", error) from None
+                raise about("Unable to parse 'outputs'", error) from None
+            request.requested_outputs = [self._output(entry) for entry in outputs]
+
+    def _check_size(self, what: str, num_bytes: int) -> None:
+        if num_bytes > self.max_input_bytes:
+            raise InvalidArgument(
+                f"{what} {num_bytes} bytes exceeds the maximum allowed value of {self.max_input_bytes} bytes. "
+                "Use --http-max-input-size to increase the limit."
+            )
+
+    def _read_head(self, document: Any) -> list[Any]:
+        """Takes over id and parameters; returns the inputs' entries."""
+        if isinstance(document, dict):
+            if "id" in document:
+                try:
+                    self.request.id = as_string(document["id"])
+                except JsonTypeError as error:
+                    raise about("Unable to parse 'id'", error) from None
+            if "parameters" in document:
+                parameters = document["parameters"]
+                set_parameters(self.request, parameters)
+                self.options.default = OutputOption(binary=parameters.get("binary_data_output", False))
+        try:
+            return as_array(member(document, "inputs"))
+        except JsonTypeError as error:
+            raise about("Unable to parse 'inputs'", error) from None
+
+    def _input(self, entry: Any, tail: BinaryTail) -> Tensor:
+        parameters = _parameters_of(entry)
+        _check_one_source(entry, parameters)
+        name = _text_field(entry, "name")
+        type_name = _text_field(entry, "datatype")
+        try:
+            shape = tuple(map(as_unsigned, as_array(member(entry, "shape"))))
+        except JsonTypeError as error:
+            raise about("Unable to parse 'shape'", error) from None
+        try:
+            datatype = DataType.from_wire(type_name)
+        except KeyError:
+            raise InvalidArgument(f"invalid datatype for input {name}") from None
+        data: memoryview | DeviceData
+        if "binary_data_size" in parameters:
+            data = self._take_binary(tail, parameters, name)
+        elif "shared_memory_region" in parameters:
+            data = self._lease(parameters).view()
+        else:
+            data = memoryview(self._json_data(entry, name, datatype, shape))
+        return Tensor(name, datatype, shape, data)
+
+    def _take_binary(self, tail: BinaryTail, parameters: dict[str, Any], name: str) -> memoryview:
+        num_bytes = _unsigned_parameter(parameters, "binary_data_size")
+        if num_bytes > tail.num_left:
+            raise InvalidArgument(
+                f"unexpected size for input '{name}', expecting {num_bytes - tail.num_left} additional bytes "
+                f"for model '{self.request.model_name}'"
+            )
+        return tail.take(num_bytes)
+
+    def _lease(self, parameters: dict[str, Any]) -> Lease:
+        name = _text_field(parameters, "shared_memory_region")
+        offset = num_bytes = 0
+        if "shared_memory_offset" in parameters:
+            offset = _unsigned_parameter(parameters, "shared_memory_offset")
+        if "shared_memory_byte_size" in parameters:
+            num_bytes = _unsigned_parameter(parameters, "shared_memory_byte_size")
+        lease = self.regions.lease(name, offset, num_bytes)
+        self.options.leases.append(lease)
+        return lease
+
+    def _json_data(self, entry: Any, name: str, datatype: DataType, shape: Sequence[int]) -> bytes:
+        num_elements = math.prod(shape)
+        if not shape or num_elements == 0:
+            return b""
+        if num_elements > MAX_INT64:
+            raise InvalidArgument(
+                f"shape of input '{name}' causes total element count to exceed maximum size of {MAX_INT64}"
+            )
+        if num_elements * datatype.item_size > MAX_INT64:
+            raise InvalidArgument(f"byte size overflow for input {name}")
+        if datatype in (DataType.FP16, DataType.BF16):
+            raise InvalidArgument(
+                f"receiving {datatype.wire_name} data via JSON is not supported. Please use the binary data "
+                f"format for input {name}"
+            )
+        self._check_size(f"JSON data of input '{name}':", num_elements * datatype.item_size)
+        try:
+            return bytes_from_json(_field(entry, "data"), datatype, shape)
+        except JsonTypeError as error:
+            raise about("Unable to parse 'data'", error) from None
+
+    def _output(self, entry: Any) -> str:
+        parameters = _parameters_of(entry)
+        in_shared_memory = "shared_memory_region" in parameters
+        if in_shared_memory:
+            for other in ("classification", "binary_data"):
+                if parameters.get(other):
+                    raise InvalidArgument(f"Output can't set both 'shared_memory_region' and '{other}'")
+        name = _text_field(entry, "name")
+        option = OutputOption()
+        if "classification" in parameters:
+            try:
+                option.num_classes = as_unsigned(parameters["classification"])
+            except JsonTypeError as error:
+                raise about("Unable to set 'classification'", error) from None
+        if in_shared_memory:
+            option.lease = self._lease(parameters)
+        elif "binary_data" in parameters:
+            try:
+                option.binary = as_bool(parameters["binary_data"])
+            except JsonTypeError as error:
+                raise about("Unable to parse 'binary_data'", error) from None
+        self.options.by_name[name] = option
+        return name
 
 
 def _field(entry: Any, name: str) -> Any:
@@ -118,36 +226,16 @@ def _text_field(entry: Any, name: str) -> str:
         raise about(f"Unable to parse '{name}'", error) from None
 
 
+def _unsigned_parameter(parameters: dict[str, Any], key: str) -> int:
+    try:
+        return as_unsigned(parameters[key])
+    except JsonTypeError as error:
+        raise about(f"Unable to parse '{key}'", error) from None
+
+
 def _parameters_of(entry: Any) -> dict[str, Any]:
     parameters = entry.get("parameters") if isinstance(entry, dict) else None
     return parameters if isinstance(parameters, dict) else {}
-
-
-def _decode_input(
-    entry: Any, tail: BinaryTail, request: InferRequest, options: OutputOptions, regions: Regions
-) -> Tensor:
-    parameters = _parameters_of(entry)
-    _check_one_source(entry, parameters)
-    name = _text_field(entry, "name")
-    type_name = _text_field(entry, "datatype")
-    try:
-        shape = tuple(map(as_unsigned, as_array(member(entry, "shape"))))
-    except JsonTypeError as error:
-        raise about("Unable to parse 'shape'", error) from None
-    try:
-        datatype = DataType.from_wire(type_name)
-    except KeyError:
-        raise InvalidArgument(f"invalid datatype for input {name}") from None
-    data: memoryview | DeviceData
-    if "binary_data_size" in parameters:
-        data = _take_binary(tail, parameters, name, request.model_name)
-    elif "shared_memory_region" in parameters:
-        lease = _lease(parameters, regions)
-        options.leases.append(lease)
-        data = lease.view()
-    else:
-        data = memoryview(_decode_data(entry, name, datatype, shape))
-    return Tensor(name, datatype, shape, data)
 
 
 def _check_one_source(entry: Any, parameters: dict[str, Any]) -> None:
@@ -157,71 +245,6 @@ def _check_one_source(entry: Any, parameters: dict[str, Any]) -> None:
         return
     found = "But set " + " ".join(f"'{name}'" for name in given) if given else "But no field is set"
     raise InvalidArgument(f"Input must set only one of the following fields: {_SOURCES}. {found}")
-
-
-def _take_binary(tail: BinaryTail, parameters: dict[str, Any], name: str, model_name: str) -> memoryview:
-    num_bytes = _unsigned_parameter(parameters, "binary_data_size")
-    if num_bytes > tail.num_left:
-        raise InvalidArgument(
-            f"unexpected size for input '{name}', expecting {num_bytes - tail.num_left} additional bytes for "
-            f"model '{model_name}'"
-        )
-    return tail.take(num_bytes)
-
-
-def _unsigned_parameter(parameters: dict[str, Any], key: str) -> int:
-    try:
-        return as_unsigned(parameters[key])
-    except JsonTypeError as error:
-        raise about(f"Unable to parse '{key}'", error) from None
-
-
-def _lease(parameters: dict[str, Any], regions: Regions) -> Lease:
-    name = _text_field(parameters, "shared_memory_region")
-    offset = _unsigned_parameter(parameters, "shared_memory_offset") if "shared_memory_offset" in parameters else 0
-    size_key = "shared_memory_byte_size"
-    num_bytes = _unsigned_parameter(parameters, size_key) if size_key in parameters else 0
-    return regions.lease(name, offset, num_bytes)
-
-
-def _decode_data(entry: Any, name: str, datatype: DataType, shape: Sequence[int]) -> bytes:
-    if not shape or 0 in shape:
-        return b""
-    if datatype in (DataType.FP16, DataType.BF16):
-        raise InvalidArgument(
-            f"receiving {datatype.wire_name} data via JSON is not supported. Please use the binary data "
-            f"format for input {name}"
-        )
-    try:
-        return bytes_from_json(_field(entry, "data"), datatype, shape)
-    except JsonTypeError as error:
-        raise about("Unable to parse 'data'", error) from None
-
-
-def _decode_output(entry: Any, options: OutputOptions, regions: Regions) -> str:
-    parameters = _parameters_of(entry)
-    in_shared_memory = "shared_memory_region" in parameters
-    if in_shared_memory:
-        for other in ("classification", "binary_data"):
-            if parameters.get(other):
-                raise InvalidArgument(f"Output can't set both 'shared_memory_region' and '{other}'")
-    name = _text_field(entry, "name")
-    option = OutputOption()
-    if "classification" in parameters:
-        try:
-            option.num_classes = as_unsigned(parameters["classification"])
-        except JsonTypeError as error:
-            raise about("Unable to set 'classification'", error) from None
-    if in_shared_memory:
-        option.lease = _lease(parameters, regions)
-        options.leases.append(option.lease)
-    elif "binary_data" in parameters:
-        try:
-            option.binary = as_bool(parameters["binary_data"])
-        except JsonTypeError as error:
-            raise about("Unable to parse 'binary_data'", error) from None
-    options.by_name[name] = option
-    return name
 
 
 def encode_response(response: InferResponse, options: OutputOptions, served: ServedVersion) -> HttpResponse:

@@ -9,7 +9,7 @@ from typing import Any
 from enginehouse.errors import InvalidArgument
 from enginehouse.frontends.http_message import HttpRequest, HttpResponse, Reply, method_not_allowed
 from enginehouse.frontends.http_routes import PathParts
-from enginehouse.frontends.json_values import as_string, as_unsigned, parse_json
+from enginehouse.frontends.json_values import as_string, as_unsigned, member, parse_json
 from enginehouse.frontends.kserve_http.models import json_reply
 from enginehouse.frontends.shared_memory import cuda, system
 from enginehouse.frontends.shared_memory.regions import Region, RegionKind, Regions
@@ -51,9 +51,9 @@ class SharedMemoryHandlers:
         self._regions.register(lambda: system.open_region(name, key, offset, num_bytes), name, RegionKind.SYSTEM)
 
     def _register_cuda(self, name: str, document: Any) -> None:
-        encoded = as_string(_needed(_needed(document, "raw_handle"), "b64"))
-        num_bytes = as_unsigned(_needed(document, "byte_size"))
-        device_id = as_unsigned(_needed(document, "device_id"))
+        encoded = as_string(member(_needed(document, "raw_handle"), "b64"))
+        num_bytes = as_unsigned(member(document, "byte_size"))
+        device_id = as_unsigned(member(document, "device_id"))
         try:
             handle = base64.b64decode(encoded, validate=True)
         except binascii.Error:

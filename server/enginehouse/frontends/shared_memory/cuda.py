@@ -83,7 +83,7 @@ def driver() -> Driver:
     try:
         return Driver(ctypes.CDLL("libcuda.so.1"))
     except OSError:
-        raise Unsupported("CUDA shared memory needs a GPU: this machine has no CUDA driver (libcuda.so.1)") from None
+        raise Unsupported("this machine has no CUDA driver (libcuda.so.1)") from None
 
 
 @dataclass(slots=True)
@@ -118,8 +118,13 @@ class CudaMemory:
 
 
 def open_region(name: str, handle: bytes, device_id: int, num_bytes: int) -> Region:
-    """Raises Unsupported without a GPU, InvalidArgument for a handle or size that is wrong."""
-    cuda = driver()
+    """Raises InvalidArgument without a GPU, and for a handle or size that is wrong."""
+    try:
+        cuda = driver()
+    except Unsupported as error:
+        raise InvalidArgument(
+            f"failed to register CUDA shared memory region: '{name}', GPUs not supported: {error}"
+        ) from None
     try:
         address = cuda.open(handle, device_id)
     except Internal as error:

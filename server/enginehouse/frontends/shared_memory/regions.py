@@ -123,6 +123,8 @@ class Regions:
             raise NotFound(f"Unable to find shared memory region: '{name}'")
         if offset + num_bytes > MAX_UINT64:
             raise InvalidArgument(f"Integer overflow detected: byte_size ({num_bytes}) + offset ({offset})")
+        if offset >= region.num_bytes:
+            raise InvalidArgument(f"Invalid offset for shared memory region: '{name}'")
         if num_bytes == 0 or offset + num_bytes > region.num_bytes:
             raise InvalidArgument(f"Invalid offset + byte size for shared memory region: '{name}'")
         region.num_leases += 1
