@@ -265,7 +265,8 @@ class ModelStatistics:
 
 
 def _duration(count: int, ns: int) -> StatisticDuration:
-    return StatisticDuration(count=count, ns=ns)
+    """What happened took time, even where the clock didn't see it: clients divide by these sums."""
+    return StatisticDuration(count=count, ns=max(ns, count))
 
 
 def _batch_message(size: int, counts: BatchCounts) -> InferBatchStatistics:
