@@ -16,6 +16,7 @@ from enginehouse.scheduling.ensemble import EnsembleScheduler
 from enginehouse.scheduling.ensemble_check import ConfigLookup
 from enginehouse.scheduling.loop import BatchingOptions, BatchingScheduler
 from enginehouse.scheduling.queue import RequestQueue
+from enginehouse.scheduling.rate_limiter import RateLimiter
 from enginehouse.scheduling.sequence_batching import (
     DirectBatching,
     max_idle_ns_of,
@@ -36,20 +37,23 @@ def build_scheduler(
     *,
     lookup: ConfigLookup | None = None,
     model_directory: Path | None = None,
+    rate_limiter: RateLimiter | None = None,
     clock: Clock | None = None,
 ) -> Scheduler:
     """The scheduler of one loaded version. Call on the server's loop.
 
     `submit` is the core's own and runs ensemble steps; `lookup(name, version)` gives the config of a ready
-    model to them; `model_directory` holds the files that the config names (initial states). Raises
-    InvalidArgument if something in it doesn't fit.
+    model to them; `model_directory` holds the files that the config names (initial states). The rate
+    limiter and the cache are the server's, or None. Raises InvalidArgument if something doesn't fit.
     """
     clock = clock or LoopClock()
     if config.HasField("ensemble_scheduling"):
         return EnsembleScheduler(config, version, observer, submit, lookup or _no_lookup, clock)
+    limits = rate_limiter.limits_of(config, instances) if rate_limiter is not None else None
     if config.HasField("sequence_batching"):
-        return SequenceScheduler(_sequence_options(config, model_directory), instances, observer, clock)
-    return BatchingScheduler(_batching_options(config), instances, observer, clock)
+        options = _sequence_options(config, model_directory)
+        return SequenceScheduler(options, instances, observer, clock, limits)
+    return BatchingScheduler(_batching_options(config), instances, observer, clock, limits)
 
 
 def _batching_options(config: ModelConfig) -> BatchingOptions:

@@ -35,6 +35,15 @@ class InstancePool:
         """Batches that a departing instance still holds are released without effect."""
         self._seats = {instance: self._seats.get(instance) or _Seat(instance) for instance in instances}
 
+    def all_free(self) -> list[InstanceHandle]:
+        """In the order in which they would be reserved."""
+        seats = [
+            seat
+            for seat in self._seats.values()
+            if seat.num_batches < seat.instance.num_slots and seat.instance.available
+        ]
+        return [seat.instance for seat in sorted(seats, key=lambda seat: (seat.num_batches, seat.last_turn))]
+
     def free(self) -> InstanceHandle | None:
         """The instance that would be reserved now."""
         best: _Seat | None = None

@@ -18,7 +18,7 @@ from enginehouse.scheduling.in_flight import InFlight, cancelled, expired, stopp
 from enginehouse.scheduling.instances import InstancePool
 from enginehouse.scheduling.ordering import ResponseOrder
 from enginehouse.scheduling.queue import RequestQueue, Ticket
-from enginehouse.scheduling.rate_limiter import InstanceLimits, Unlimited
+from enginehouse.scheduling.rate_limiter import InstanceLimits
 from enginehouse.types import InferRequest, InferResponse
 
 
@@ -55,8 +55,9 @@ class BatchingScheduler:
         self._pool = InstancePool(instances)
         self._observer = observer
         self._clock = clock or LoopClock()
-        self._limits = limits or Unlimited()
-        self._limits.on_room = self._pass
+        self._limits = limits
+        if limits is not None:
+            limits.on_room = self._pass
         self._alarm = Alarm(self._clock, self._on_alarm)
         self._waiting: Wait | None = None
         self._pass_is_due = False
@@ -90,6 +91,8 @@ class BatchingScheduler:
 
     def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
         self._pool.set(instances)
+        if self._limits is not None:
+            self._limits.set_instances(instances)
         self._pass()
 
     async def drain(self) -> None:
@@ -98,7 +101,8 @@ class BatchingScheduler:
     def close(self) -> None:
         self._is_closed = True
         self._alarm.set(0)
-        self._limits.close()
+        if self._limits is not None:
+            self._limits.close()
         left = list(self._queue)
         self._queue.take(left)
         for ticket in left:
@@ -141,8 +145,10 @@ class BatchingScheduler:
             if isinstance(decision, Wait):
                 self._waiting = decision
                 break
-            if not self._limits.acquire(instance):
-                break
+            if self._limits is not None:
+                instance = self._limits.acquire_one(self._pool.all_free())
+                if instance is None:
+                    break
             queue.take(decision.tickets)
             self._hand_over(decision.tickets, instance, now_ns)
         self._set_alarm()
@@ -189,9 +195,10 @@ class BatchingScheduler:
         assert instance is not None, "bug: this loop names the instance of its batches"
         self._observer.on_batch(batch.requests, instance, times, error)
         self._pool.release(instance)
-        self._limits.release(instance)
         if self._queue.num_requests:
             self._pass()
+        if self._limits is not None:
+            self._limits.release(instance)
 
     # --- cancelling
 

@@ -18,7 +18,7 @@ from enginehouse.scheduling.dynamic_batching import DynamicBatching, Wait
 from enginehouse.scheduling.in_flight import InFlight, cancelled, expired, stopped
 from enginehouse.scheduling.ordering import ResponseOrder
 from enginehouse.scheduling.queue import RequestQueue, Ticket
-from enginehouse.scheduling.rate_limiter import InstanceLimits, Unlimited
+from enginehouse.scheduling.rate_limiter import InstanceLimits
 from enginehouse.scheduling.sequence_batching import DirectBatching
 from enginehouse.scheduling.sequence_book import SequenceBook, SequenceRun
 from enginehouse.scheduling.sequence_controls import SequenceControls
@@ -74,8 +74,9 @@ class SequenceScheduler:
         self._options = options
         self._observer = observer
         self._clock = clock or LoopClock()
-        self._limits = limits or Unlimited()
-        self._limits.on_room = self._look_everywhere
+        self._limits = limits
+        if limits is not None:
+            limits.on_room = self._look_everywhere
         self._in_flight = InFlight(observer)
         order = ResponseOrder(self._in_flight.deliver) if options.preserves_order else None
         self._order = order
@@ -122,6 +123,8 @@ class SequenceScheduler:
     def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
         """An instance that goes away or restarts has lost what its model knew: its sequences end."""
         usable = [instance for instance in instances if instance.available]
+        if self._limits is not None:
+            self._limits.set_instances(instances)
         for instance in [known for known in self._lanes if known not in usable]:
             self._lose(self._lanes.pop(instance))
         for instance in usable:
@@ -138,7 +141,8 @@ class SequenceScheduler:
 
     def close(self) -> None:
         self._is_closed = True
-        self._limits.close()
+        if self._limits is not None:
+            self._limits.close()
         for sequence in self._book.sequences:
             self._end(sequence, stopped)
         self._alarm.set(0)
@@ -228,7 +232,7 @@ class SequenceScheduler:
         decision = batching.decide(lane.slots, now_ns)
         if isinstance(decision, Wait):
             lane.wait = decision
-        elif decision is not None and self._limits.acquire(lane.instance):
+        elif decision is not None and self._acquire(lane):
             pattern = next(sequence for sequence in decision.rows if sequence is not None)
             null_of = pattern.waiting[0].request
             requests = [
@@ -242,10 +246,13 @@ class SequenceScheduler:
             decision = batching.decide(lane.ready, now_ns)
             if isinstance(decision, Wait):
                 lane.wait = decision
-            if decision is None or isinstance(decision, Wait) or not self._limits.acquire(lane.instance):
+            if decision is None or isinstance(decision, Wait) or not self._acquire(lane):
                 break
             lane.ready.take(decision.tickets)
             self._hand_over(lane, [self._cut(ticket.request.flow, now_ns) for ticket in decision.tickets])
+
+    def _acquire(self, lane: InstanceLane) -> bool:
+        return self._limits is None or self._limits.acquire_one([lane.instance]) is not None
 
     def _holds(self) -> bool:
         if self._is_holding:
@@ -330,7 +337,6 @@ class SequenceScheduler:
         real = [request for request in batch.requests if request.sink is not None]
         self._observer.on_batch(real, lane.instance, times, error)
         lane.num_batches -= 1
-        self._limits.release(lane.instance)
         now_ns = self._clock.now_ns()
         for sequence in sequences:
             sequence.is_running = False
@@ -339,6 +345,8 @@ class SequenceScheduler:
             if sequence.lane is lane:
                 self._feed(lane, sequence)
         self._look(lane, now_ns)
+        if self._limits is not None:
+            self._limits.release(lane.instance)
 
     # --- ending
 
