@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from enginehouse.core import Core
@@ -19,16 +20,19 @@ from enginehouse.errors import EnginehouseError
 from enginehouse.execution.hosts import HostOptions, ModelHosts
 from enginehouse.frontends.serving import FrontEnd, front_ends
 from enginehouse.observe.logs import LogSettings, ServerLogging, escaping_wanted, unescaped
-from enginehouse.observe.metrics import Metrics
+from enginehouse.observe.metrics import CacheReading, Metrics
 from enginehouse.observe.metrics_settings import MetricsSettings
 from enginehouse.observe.tables import models_table
 from enginehouse.observe.tracing import TraceSettings
-from enginehouse.options import ModelControlMode, ServerOptions
+from enginehouse.options import ModelControlMode, RateLimitMode, ServerOptions
 from enginehouse.repository.lifecycle import Lifecycle
 from enginehouse.repository.registry import Registry
 from enginehouse.repository.serving import Serving
 from enginehouse.repository.source import Repositories
 from enginehouse.repository.watching import follow
+from enginehouse.scheduling.caches import make_cache
+from enginehouse.scheduling.rate_limiter import RateLimiter
+from enginehouse.scheduling.response_cache import ResponseCache
 
 logger = logging.getLogger("enginehouse.app")
 
@@ -57,15 +61,18 @@ class Server:
             metrics=self.metrics,
         )
         self.hosts = ModelHosts(self.core, _host_options(options))
-        self.source = Repositories(
-            [Path(root) for root in options.model_repository], variant=options.model_config_name
-        )
+        self.source = Repositories([Path(root) for root in options.model_repository], variant=options.model_config_name)
+        self.cache = make_cache(options.caches, options.cache_directory)
+        if self.cache is not None:
+            self.metrics.read_cache = partial(_cache_reading, self.cache)
         self.serving = Serving(
             self.registry,
             self.hosts,
             self.core.submit,
             metrics=self.metrics,
             complete_configs=options.complete_configs,
+            rate_limiter=_rate_limiter(options),
+            cache=self.cache,
         )
         self.lifecycle = Lifecycle(
             self.registry,
@@ -119,6 +126,8 @@ class Server:
         except TimeoutError:
             logger.error("Exit timeout expired. Exiting immediately.")
         await self.hosts.close()
+        if self.cache is not None:
+            await self.cache.close()
         self.core.tracing.close()
         self.metrics.close()
 
@@ -132,9 +141,7 @@ class Server:
         remaining_s = self.options.exit_timeout_secs
         while True:
             live = self.lifecycle.num_live
-            logger.info(
-                "Timeout %s: Found %s live models and 0 in-flight non-inference requests", remaining_s, live
-            )
+            logger.info("Timeout %s: Found %s live models and 0 in-flight non-inference requests", remaining_s, live)
             done, _ = await asyncio.wait([closing], timeout=1.0)
             remaining_s -= 1
             if done:
@@ -175,6 +182,26 @@ def _log_settings(options: ServerOptions) -> LogSettings:
     )
 
 
+def _rate_limiter(options: ServerOptions) -> RateLimiter | None:
+    if options.rate_limit is RateLimitMode.OFF:
+        return None
+    return RateLimiter({(one.name, one.device): one.count for one in options.rate_limit_resource})
+
+
+def _cache_reading(cache: ResponseCache) -> CacheReading:
+    counts = cache.counts
+    return CacheReading(
+        num_entries=cache.num_entries,
+        num_lookups=counts.num_lookups,
+        num_hits=counts.num_hits,
+        num_misses=counts.num_misses,
+        num_evictions=counts.num_evictions,
+        lookup_us=counts.lookup_ns // 1000,
+        insertion_us=counts.insertion_ns // 1000,
+        utilization=cache.utilization,
+    )
+
+
 async def _started(front_end: FrontEnd) -> None:
     try:
         await front_end.start()
@@ -187,7 +214,11 @@ async def _serve(options: ServerOptions, logs: ServerLogging) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
-    server = Server(options, logs)
+    try:
+        server = Server(options, logs)
+    except EnginehouseError as error:
+        print(f"error: creating server: {error.code.value} - {error}", file=sys.stderr, flush=True)
+        return 1
     starting = asyncio.ensure_future(server.start())
     told = asyncio.ensure_future(stopping.wait())
     await asyncio.wait([starting, told], return_when=asyncio.FIRST_COMPLETED)

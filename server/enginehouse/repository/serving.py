@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from enginehouse.backend import LoadContext
 from enginehouse.config import completion, tensors, validation
@@ -22,10 +21,12 @@ from enginehouse.observe.metrics import Metrics
 from enginehouse.repository.definition import ModelDefinition
 from enginehouse.repository.registry import Registry, ServedVersion, VersionState
 from enginehouse.request_checks import RequestChecks
-from enginehouse.scheduling.build import build_scheduler
+from enginehouse.scheduling.build import build_scheduler, may_cache
 from enginehouse.scheduling.contract import SubmitRequest
 from enginehouse.scheduling.ensemble_check import check_ensemble
 from enginehouse.scheduling.generative import GenerativeScheduler
+from enginehouse.scheduling.rate_limiter import RateLimiter
+from enginehouse.scheduling.response_cache import ResponseCache
 from enginehouse.scheduling.warmup import warm_up
 
 logger = logging.getLogger("enginehouse.repository")
@@ -42,12 +43,16 @@ class Serving:
         *,
         metrics: Metrics,
         complete_configs: bool = True,
+        rate_limiter: RateLimiter | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
         self._registry = registry
         self._hosts = hosts
         self._submit = submit
         self._metrics = metrics
         self._complete_configs = complete_configs
+        self._rate_limiter = rate_limiter
+        self._cache = cache
         self._engine_metrics: dict[int, Callable[[], None]] = {}
 
     async def build(self, definition: ModelDefinition, version: int) -> ServedVersion:
@@ -64,7 +69,7 @@ class Serving:
                     lambda health: self._note_health(served, health),
                 )
                 self._attach(served, hosted)
-            await self._start(served, definition.directory)
+            await self._start(served, definition)
         except BaseException:
             await self._dismantle(served)
             raise
@@ -134,7 +139,9 @@ class Serving:
             ),
             checks=checks,
             reshapes_outputs=checks.reshapes_outputs,
-            statistics=self._metrics.open_model(config, version, has_cache=config.response_cache.enable),
+            statistics=self._metrics.open_model(
+                config, version, has_cache=self._cache is not None and may_cache(config)
+            ),
         )
 
     def _attach(self, served: ServedVersion, hosted: HostedModel) -> None:
@@ -142,7 +149,7 @@ class Serving:
         served.config = hosted.config
         served.generative = hosted.generative is not None
 
-    async def _start(self, served: ServedVersion, directory: Path) -> None:
+    async def _start(self, served: ServedVersion, definition: ModelDefinition) -> None:
         instances = served.hosted.instances if served.hosted is not None else ()
         if served.generative:
             served.scheduler = GenerativeScheduler(served.name, served.hosted.generative, served.statistics)
@@ -155,14 +162,19 @@ class Serving:
                 served.statistics,
                 self._submit,
                 lookup=self._config_of,
-                model_directory=directory,
+                model_directory=definition.directory,
+                rate_limiter=self._rate_limiter,
+                cache=self._cache,
+                fingerprint=definition.fingerprints[served.version],
             )
         self._metrics.watch(
             served.statistics,
             lambda: served.scheduler.num_pending,
             lambda: len(served.hosted.instances) if served.hosted is not None else 1,
         )
-        await warm_up(served.config, directory, instances, served.statistics, served.checks.check)
+        await warm_up(
+            served.config, definition.directory, instances, served.statistics, served.checks.check
+        )
 
     async def _dismantle(self, served: ServedVersion) -> None:
         if (end_source := self._engine_metrics.pop(id(served), None)) is not None:

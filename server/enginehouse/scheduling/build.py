@@ -9,6 +9,7 @@ from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import NotFound
 from enginehouse.execution.contract import InstanceHandle
 from enginehouse.scheduling import test_hooks
+from enginehouse.scheduling.caching import CachingScheduler
 from enginehouse.scheduling.clock import Clock, LoopClock
 from enginehouse.scheduling.contract import ExecutionObserver, Scheduler, SubmitRequest
 from enginehouse.scheduling.dynamic_batching import DynamicBatching, shape_key_of
@@ -17,6 +18,7 @@ from enginehouse.scheduling.ensemble_check import ConfigLookup
 from enginehouse.scheduling.loop import BatchingOptions, BatchingScheduler
 from enginehouse.scheduling.queue import RequestQueue
 from enginehouse.scheduling.rate_limiter import RateLimiter
+from enginehouse.scheduling.response_cache import ResponseCache
 from enginehouse.scheduling.sequence_batching import (
     DirectBatching,
     max_idle_ns_of,
@@ -38,22 +40,46 @@ def build_scheduler(
     lookup: ConfigLookup | None = None,
     model_directory: Path | None = None,
     rate_limiter: RateLimiter | None = None,
+    cache: ResponseCache | None = None,
+    fingerprint: str = "",
     clock: Clock | None = None,
 ) -> Scheduler:
     """The scheduler of one loaded version. Call on the server's loop.
 
     `submit` is the core's own and runs ensemble steps; `lookup(name, version)` gives the config of a ready
     model to them; `model_directory` holds the files that the config names (initial states). The rate
-    limiter and the cache are the server's, or None. Raises InvalidArgument if something doesn't fit.
+    limiter and the cache are the server's, or None; `fingerprint` tells the cache apart what the version
+    holds now from what it held before. Raises InvalidArgument if something doesn't fit.
     """
     clock = clock or LoopClock()
+    scheduler: Scheduler
     if config.HasField("ensemble_scheduling"):
-        return EnsembleScheduler(config, version, observer, submit, lookup or _no_lookup, clock)
-    limits = rate_limiter.limits_of(config, instances) if rate_limiter is not None else None
-    if config.HasField("sequence_batching"):
-        options = _sequence_options(config, model_directory)
-        return SequenceScheduler(options, instances, observer, clock, limits)
-    return BatchingScheduler(_batching_options(config), instances, observer, clock, limits)
+        scheduler = EnsembleScheduler(config, version, observer, submit, lookup or _no_lookup, clock)
+    else:
+        limits = rate_limiter.limits_of(config, instances) if rate_limiter is not None else None
+        if config.HasField("sequence_batching"):
+            sequence_options = _sequence_options(config, model_directory)
+            scheduler = SequenceScheduler(sequence_options, instances, observer, clock, limits)
+        else:
+            scheduler = BatchingScheduler(_batching_options(config), instances, observer, clock, limits)
+    if cache is None or not may_cache(config):
+        return scheduler
+    return CachingScheduler(
+        scheduler,
+        cache,
+        observer,
+        clock,
+        model_name=config.name,
+        version=version,
+        fingerprint=fingerprint,
+        preserves_order=config.dynamic_batching.preserve_ordering,
+    )
+
+
+def may_cache(config: ModelConfig) -> bool:
+    """Whether the config asks for it, and one request has one answer that depends on nothing else."""
+    stateful = config.HasField("sequence_batching") or config.model_transaction_policy.decoupled
+    return config.response_cache.enable and not stateful
 
 
 def _batching_options(config: ModelConfig) -> BatchingOptions:

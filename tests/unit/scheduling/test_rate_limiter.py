@@ -152,10 +152,11 @@ class LimiterMachine(RuleBasedStateMachine):
             self.limits.append(limits)
 
     def look(self, index: int) -> None:
-        if self.wants[index] and not self.running[index]:
-            if self.limits[index].acquire_one([self.instances[index]]) is not None:
-                self.running[index] = True
-                self.wants[index] -= 1
+        if not self.wants[index] or self.running[index]:
+            return
+        if self.limits[index].acquire_one([self.instances[index]]) is not None:
+            self.running[index] = True
+            self.wants[index] -= 1
 
     @rule(index=st.integers(0, 4))
     def ask(self, index: int) -> None:
