@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from enginehouse.backend import Backend
 from enginehouse.types import DataType
 from enginehouse_backends.onnx_runtime import ELEMENT_TYPE_BY_DATATYPE, OnnxRuntimeBackend
+from enginehouse_backends.python_model import PythonBackend
 from enginehouse_backends.pytorch import PyTorchBackend
 from enginehouse_backends.pytorch.instance import TORCH_BY_DATATYPE
 from tests.unit.backends import onnx_models, torch_models
@@ -36,6 +37,9 @@ class Subject(ABC):
     datatypes: Sequence[DataType] = (DataType.FP32,)
     names_only_in_config = False
     """True if the format doesn't say what its tensors are, so the config can't contradict it."""
+    is_code = False
+    """True if the artifact is the user's program: nothing can be said of it but by running it, and checking
+    requests is left to the core."""
     checks_shapes = True
 
     @property
@@ -141,6 +145,51 @@ class TorchExportSubject(Subject):
         return "max_batch_size: 64"
 
 
+class PythonSubject(Subject):
+    name = "python"
+    artifact = "model.py"
+    datatypes = tuple(datatype for datatype in DataType if datatype is not DataType.BF16)  # numpy has none
+    names_only_in_config = True
+    is_code = True
+    checks_shapes = False
+
+    def backend(self) -> Backend:
+        """As in a fresh process, which is what each model.py gets."""
+        for name in [name for name in sys.modules if name in ("1", "1.model")]:
+            del sys.modules[name]
+        sys.path[:] = [entry for entry in sys.path if Path(entry).name != "1" and not (Path(entry) / "1").is_dir()]
+        sys.path_importer_cache.clear()
+        return PythonBackend()
+
+    def build(self, folder: Path, datatype: DataType) -> str:
+        return self._write(folder, datatype, 0)
+
+    def build_heavy(self, folder: Path, num_bytes: int) -> str:
+        return self._write(folder, DataType.FP32, num_bytes)
+
+    def _write(self, folder: Path, datatype: DataType, num_bytes: int) -> str:
+        (folder / "1").mkdir(parents=True, exist_ok=True)
+        (folder / "1" / "model.py").write_text(PYTHON_SOURCE.format(num_bytes=num_bytes))
+        return config_text(self, datatype)
+
+
+PYTHON_SOURCE = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.weights = np.zeros({num_bytes}, np.uint8) + 0
+
+    def execute(self, requests):
+        return [pb_utils.InferenceResponse([self.answer(request)]) for request in requests]
+
+    def answer(self, request):
+        return pb_utils.Tensor("OUTPUT", pb_utils.get_input_tensor_by_name(request, "INPUT").as_numpy())
+"""
+
+
 class LinearSubject(Subject):
     """The example of docs/write-a-backend.md, as it stands there."""
 
@@ -184,4 +233,10 @@ def documented_module() -> types.ModuleType:
     return sys.modules["linear_backend"]
 
 
-SUBJECTS: list[Subject] = [OnnxSubject(), TorchScriptSubject(), TorchExportSubject(), LinearSubject()]
+SUBJECTS: list[Subject] = [
+    PythonSubject(),
+    OnnxSubject(),
+    TorchScriptSubject(),
+    TorchExportSubject(),
+    LinearSubject(),
+]
