@@ -105,6 +105,8 @@ class Build:
     """Longest context served: rotary tables reach so far. 0 is the architecture's."""
     on_loaded: Callable[[int], None] = lambda num_bytes: None
     """Called with the bytes of each checkpoint tensor that has found its place."""
+    share_tied: bool = False
+    """Embeddings read a tied head's packed weights, and keep no copy of their own (native programs)."""
 
 
 class Layer:
@@ -212,15 +214,20 @@ class RmsNorm(Layer):
 class Embedding(Layer):
     """Token ids to rows. `scale` multiplies them (Gemma)."""
 
-    weight: torch.Tensor | None
-    head: LinearKernel | None = None
+    weight: torch.Tensor | None = None
+    tied_head: Linear | None = None
     """Set by a tied head whose packed weights are the only copy."""
 
     def __init__(self, build: Build, name: str, scale: float = 1.0) -> None:
         self._build, self.name, self.scale = build, name, scale
         self.vocab_size, self.width = build.architecture.vocab_size, build.architecture.hidden_size
 
+    def children(self) -> Iterator[Layer]:
+        return iter(())
+
     def load(self, checkpoint: Checkpoint) -> None:
+        if self.tied_head is not None:
+            return
         stored = checkpoint.tensor(f"{self.name}.weight", (self.vocab_size, self.width))
         self.weight = stored.to(self._build.device, self._build.dtype, copy=True)
         self._build.on_loaded(stored.nbytes)
@@ -229,7 +236,8 @@ class Embedding(Layer):
 
     def __call__(self, tokens: Value) -> Value:
         if isinstance(tokens, Symbol):
-            parts = {"weight": self.weight, "head": self.head}
+            head = None if self.tied_head is None else self.tied_head.kernel
+            parts = {"weight": self.weight, "head": head}
             return tokens.program.add("embed", self.width, (tokens,), {"scale": self.scale}, parts)
         assert self.weight is not None, "bug: a packed tied embedding was asked outside its program"
         rows = F.embedding(tokens, self.weight)
@@ -245,6 +253,8 @@ class Head(Layer):
         architecture = build.architecture
         part = Part(name if embedding is None else embedding.name, architecture.vocab_size)
         self.linear = Linear(build, (part,), architecture.hidden_size)
+        if embedding is not None and build.share_tied:
+            embedding.tied_head = self.linear
 
     def children(self) -> Iterator[Layer]:
         yield self.linear

@@ -9,36 +9,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from enginehouse.types import SamplingParameters
+from enginehouse_backends.llm.generation import Generation
+
+if TYPE_CHECKING:
+    from enginehouse_backends.llm.arena import Arena
 
 IntArray: TypeAlias = npt.NDArray[np.int32]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
-
-
-@dataclass(slots=True, eq=False)
-class SequenceState:
-    """What a runner may know of a sequence whose next token is to be sampled. Owned by the engine.
-
-    `tokens` are prompt and output so far; the runner reads them only where a setting asks for it (penalties,
-    bad words).
-    """
-
-    sampling: SamplingParameters
-    seed: int
-    tokens: Sequence[int]
-    num_prompt_tokens: int
-    bad_word_ids: Sequence[Sequence[int]] = ()
-    stop_token_ids: frozenset[int] = frozenset()
-    """With eos; forbidden while fewer than min_tokens are out."""
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.tokens) - self.num_prompt_tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -53,51 +35,70 @@ class StepInput:
     """[S + 1]"""
     context_lengths: IntArray
     """[S] keys after this step."""
-    block_places: IntArray
-    """[S, max_blocks]; see attention.PLACE_BYTES."""
+    slots: IntArray
+    """[S] each sequence's row of the block table."""
+    block_table: IntArray
+    """[slots, most blocks of a sequence] places (see attention.PLACE_BYTES). Persistent: the engine changes
+    rows between steps, so a copy on a device may be kept up to date by `changed_slots`."""
+    changed_slots: Sequence[int]
+    """Rows of the block table that are not as they were in the model's last step."""
     wanted_rows: IntArray
     """[R] rows of T whose logits are wanted, ascending."""
-    sampled: Sequence[SequenceState]
-    """The sequences that sample, in order; sample i uses the logits of wanted row `sampled_rows[i]`."""
+    sampled: Sequence[Generation]
+    """Those that sample, in order. Read their sampling, seed and tokens; never write."""
     sampled_rows: IntArray
     """[len(sampled)] into wanted rows."""
-    prompt_logprob_rows: Sequence[tuple[int, int, int]] = field(default_factory=tuple)
-    """(wanted row, the token that really followed, number of alternatives)"""
+    followed: Sequence[FollowedToken] = field(default_factory=tuple)
+    """Prompt tokens whose logprobs are wanted."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class FollowedToken:
+    """`token_id` came after the position of wanted row `row`; how likely was it, beside `num_top` others?"""
+
+    row: int
+    token_id: int
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
 class RowLogprobs:
-    """Log-probabilities at one row: the token that was chosen or followed, then the likeliest."""
+    """Natural log-probabilities of unchanged logits: of the token that came, then of the likeliest."""
 
     token_id: int
     logprob: float
     rank: int
+    """1 is the likeliest."""
     top_ids: Sequence[int]
     top_logprobs: Sequence[float]
 
 
 @dataclass(slots=True)
 class StepOutput:
-    """`token_ids[i]` was sampled for `sampled[i]`; its logprobs if it asked for them."""
+    """`token_ids[i]` was sampled for `sampled[i]`, -1 where its logits were not numbers."""
 
     token_ids: Sequence[int]
     logprobs: Sequence[RowLogprobs | None]
-    prompt_logprobs: Sequence[RowLogprobs]
-    nan_rows: Sequence[int] = ()
-    """Samples whose logits were not numbers: the engine fails those sequences and no others."""
+    """As long as token_ids, or empty if nobody asked."""
+    followed: Sequence[RowLogprobs] = ()
 
 
 class Runner(ABC):
     """One model on one device group, with its weights."""
 
+    max_wanted: int
+    """Most rows whose logits a step may want."""
+    weight_bytes: int
+    workspace_bytes: int
+
     @property
     @abstractmethod
     def block_bytes(self) -> int:
-        """Of one KV block in this runner's layout."""
+        """Of one KV block in this runner's layout; a multiple of attention.PLACE_BYTES."""
 
     @abstractmethod
-    def attach_arena(self, arena: object) -> None:
-        """The arena (arena.Arena) whose memory the block places of all steps point into."""
+    def attach_arena(self, arena: Arena) -> None:
+        """The memory that the block places of all steps point into."""
 
     @abstractmethod
     def run(self, step: StepInput) -> StepOutput:
@@ -105,7 +106,7 @@ class Runner(ABC):
 
     @abstractmethod
     def copy_blocks(self, source_places: IntArray, target_places: IntArray) -> None:
-        """Moves whole blocks inside the arena (when a page is emptied)."""
+        """Copies whole blocks inside the arena, in order (when a page is emptied)."""
 
     @abstractmethod
     def close(self) -> None:

@@ -35,6 +35,11 @@ class KvShape:
     def dense_block_bytes(self) -> int:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.block_size * self.dtype.itemsize
 
+    @property
+    def padded_block_bytes(self) -> int:
+        """Whole places."""
+        return -(-self.dense_block_bytes // PLACE_BYTES) * PLACE_BYTES
+
 
 @dataclass(slots=True)
 class StepBatch:
@@ -70,7 +75,7 @@ class AttentionBackend(ABC):
 
     def block_bytes(self, shape: KvShape) -> int:
         """Bytes of one block in this implementation's layout; a multiple of PLACE_BYTES."""
-        return -(-shape.dense_block_bytes // PLACE_BYTES) * PLACE_BYTES
+        return shape.padded_block_bytes
 
     @abstractmethod
     def attend(self, layer: AttentionLayer, qkv: torch.Tensor, step: StepBatch) -> torch.Tensor:

@@ -6,6 +6,8 @@ A block is [layer, k or v, kv_head, token, head_dim].
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -21,11 +23,13 @@ class GatherAttention(AttentionBackend):
     def attend(self, layer: AttentionLayer, qkv: torch.Tensor, step: StepBatch) -> torch.Tensor:
         query, key, value = split_heads(layer, qkv, step.positions)
         blocks = _Blocks(step, layer.index)
-        outputs = []
         starts, lengths = step.query_starts.tolist(), step.context_lengths.tolist()
-        for sequence, length in enumerate(lengths):
-            rows = slice(starts[sequence], starts[sequence + 1])
+        spans = [slice(start, stop) for start, stop in pairwise(starts)]
+        for sequence, rows in enumerate(spans):
             blocks.write(sequence, step.positions[rows], key[rows], value[rows])
+        # only then: a sequence may read blocks that another one of this step has written
+        outputs = []
+        for sequence, (rows, length) in enumerate(zip(spans, lengths, strict=True)):
             keys, values = blocks.read(sequence, length)
             outputs.append(attend_one(layer, query[rows], keys, values, step.positions[rows]))
         return torch.cat(outputs).reshape(qkv.shape[0], -1)

@@ -1,0 +1,66 @@
+"""The memory behind the pages: one tensor of equal pages that all LLMs of an engine use.
+
+A model's blocks lie one behind the other inside its pages; a block's place is its offset in PLACE_BYTES.
+On a CPU the tensor is reserved address space that becomes memory page by page, so it can grow with each model.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import torch
+
+from enginehouse.errors import ResourceExhausted
+from enginehouse_backends.llm.attention import PLACE_BYTES
+from enginehouse_backends.llm.runner import IntArray
+
+MIB = 1 << 20
+DEFAULT_PAGE_BYTES = 4 * MIB
+
+
+class Arena:
+    """`memory`: flat uint8 tensor of all pages."""
+
+    def __init__(self, memory: torch.Tensor, page_bytes: int, num_pages: int) -> None:
+        assert page_bytes % PLACE_BYTES == 0, "bug: pages must hold whole places"
+        self.memory, self.page_bytes, self.num_pages = memory, page_bytes, num_pages
+
+    @property
+    def most_pages(self) -> int:
+        """Pages that the address space has room for."""
+        return self.memory.numel() // self.page_bytes
+
+    def blocks_per_page(self, block_bytes: int) -> int:
+        """Raises ResourceExhausted if not even one fits."""
+        if block_bytes > self.page_bytes:
+            raise ResourceExhausted(
+                f"a KV block of {block_bytes} bytes doesn't fit into an arena page of {self.page_bytes} bytes"
+            )
+        return self.page_bytes // block_bytes
+
+    def places(self, blocks: IntArray, block_bytes: int) -> IntArray:
+        """Where blocks of that size start."""
+        pages, index = np.divmod(blocks.astype(np.int64), self.blocks_per_page(block_bytes))
+        offsets = pages * self.page_bytes + index * block_bytes
+        places: IntArray = (offsets // PLACE_BYTES).astype(np.int32)
+        return places
+
+    def grow(self, num_pages: int) -> None:
+        """More pages, in place. Fills them with zeros now: the first touch of memory is slow."""
+        assert num_pages <= self.most_pages, "bug: the arena's address space is smaller than that"
+        if num_pages > self.num_pages:
+            self.memory[self.num_pages * self.page_bytes : num_pages * self.page_bytes].zero_()
+            self.num_pages = num_pages
+
+
+def reserve_host_arena(most_bytes: int, page_bytes: int = DEFAULT_PAGE_BYTES) -> Arena:
+    """An arena without pages yet that can grow to `most_bytes` of host memory."""
+    most_bytes -= most_bytes % page_bytes
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    region = mmap.mmap(-1, most_bytes + page_bytes, flags=flags)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        region.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(region, dtype=torch.uint8)
+    skip = -memory.data_ptr() % page_bytes  # whole huge pages
+    return Arena(memory[skip : skip + most_bytes], page_bytes, 0)

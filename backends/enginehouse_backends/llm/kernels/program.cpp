@@ -1,0 +1,278 @@
+// Runs a model's recorded step (program.py) in one call, and packs weights for it. A plain C interface: loaded
+// with ctypes by library.py, whose structures mirror those below.
+#include <sys/mman.h>
+
+#include <cstdlib>
+
+#include "attention.hpp"
+#include "threads.hpp"
+
+namespace eh {
+
+enum Kind : int32_t {
+  kEmbed, kNorm, kAddNorm, kLinear, kTurn, kAttend, kGated, kAdd, kSelect, kScale, kSoftcap, kCast, kArgmax
+};
+enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// Strides are in elements. F buffers hold float, A buffers the program's type. Unused fields are zero.
+struct Operation {
+  int32_t kind, wanted_rows;
+  int64_t n, k;
+  const void* input;
+  int64_t input_stride;
+  const void* second;
+  int64_t second_stride;
+  void* output;
+  int64_t output_stride;
+  void* sum;
+  int64_t sum_stride;
+  const void* weight;
+  const float* bias;
+  const float *rope, *q_norm, *k_norm;
+  float number, epsilon, softcap;
+  int32_t layer, heads, kv_heads, dim, rotary_dim, window, choice;
+};
+
+struct Step {
+  Sequences sequences;
+  const int32_t* wanted_rows;
+  int64_t num_tokens, num_sequences, num_wanted;
+  const int32_t* items;  // attention work: [num_items, 3] sequence, first row, queries
+  int64_t num_items;
+};
+
+struct Program {
+  std::vector<Operation> operations;
+  Type type;
+  std::unique_ptr<std::atomic<int>[]> claims;
+};
+
+inline Team*& team() {
+  static Team* shared = nullptr;
+  return shared;
+}
+
+inline int heads_together(const Operation& o) { return std::min(o.heads / o.kv_heads, kRowTile); }
+
+// How an operation is cut: `chunks` pieces that any thread may do.
+struct Cut {
+  long rows, chunks, groups_each, row_blocks, rows_each;
+};
+
+inline Cut cut_linear(const Operation& o, long rows, int threads) {
+  Cut cut{rows, 0, 1, 1, rows};
+  const long groups = num_groups(o.n);
+  if (rows > 64) {
+    cut.rows_each = 64;
+    cut.row_blocks = (rows + 63) / 64;
+  } else {
+    cut.groups_each = std::max(1L, groups / (8L * threads));
+  }
+  cut.chunks = (groups + cut.groups_each - 1) / cut.groups_each * cut.row_blocks;
+  return cut;
+}
+
+inline Cut cut_of(const Operation& o, const Step& step, int threads) {
+  const long rows = o.wanted_rows ? step.num_wanted : step.num_tokens;
+  if (o.kind == kLinear) return cut_linear(o, rows, threads);
+  if (o.kind == kAttend) {
+    const int together = heads_together(o), group = o.heads / o.kv_heads;
+    return {rows, step.num_items * o.kv_heads * ((group + together - 1) / together), 1, 1, 1};
+  }
+  const long each = std::max(1L, rows / (4L * threads));
+  return {rows, (rows + each - 1) / each, 1, 1, each};
+}
+
+template <class A>
+void linear_chunk(const Operation& o, const Cut& cut, long chunk) {
+  const long first = chunk / cut.row_blocks * cut.groups_each, row = chunk % cut.row_blocks * cut.rows_each;
+  const long stop = std::min(num_groups(o.n), first + cut.groups_each);
+  for (long g = first; g < stop; ++g)
+    linear_group(static_cast<const A*>(o.input) + row * o.input_stride, o.input_stride,
+                 static_cast<const A*>(o.weight), o.n, o.k, g, std::min(cut.rows_each, cut.rows - row),
+                 static_cast<float*>(o.output) + row * o.output_stride + g * kGroup, o.output_stride,
+                 o.bias ? o.bias + g * kGroup : nullptr);
+}
+
+inline AttentionShape shape_of(const Operation& o) {
+  return {o.layer, o.heads, o.kv_heads, o.dim, o.rotary_dim, o.window, o.number, o.softcap, o.epsilon,
+          o.rope,  o.q_norm, o.k_norm};
+}
+
+template <class A>
+void attend_chunk(const Operation& o, const Step& step, long chunk) {
+  const int together = heads_together(o), group = o.heads / o.kv_heads, parts = (group + together - 1) / together;
+  const int32_t* item = step.items + chunk / parts / o.kv_heads * 3;
+  const int kv_head = int(chunk / parts % o.kv_heads), head = int(chunk % parts) * together;
+  const AttentionShape shape = shape_of(o);
+  const int some = std::min(together, group - head), queries = std::max(1, kRowTile / some);
+  for (int done = 0; done < item[2]; done += queries)
+    attend(step.sequences, shape, item[0], kv_head, item[1] + done, std::min(queries, item[2] - done), head, some,
+           static_cast<const A*>(o.input), static_cast<A*>(o.output), o.output_stride);
+}
+
+template <class A>
+void row_operation(const Operation& o, const Step& step, long row) {
+  const float* x = static_cast<const float*>(o.input) + row * o.input_stride;
+  float* f = static_cast<float*>(o.output) + row * o.output_stride;
+  A* a = static_cast<A*>(o.output) + row * o.output_stride;
+  const float* y = static_cast<const float*>(o.second) + row * o.second_stride;
+  switch (o.kind) {
+    case kEmbed: {
+      const long token = step.sequences.tokens[row];
+      const A* table = static_cast<const A*>(o.weight);
+      if (o.choice) return embed_packed(table, o.k, o.n, token, o.number, f);
+      return embed_plain(table, o.n, token, o.number, f);
+    }
+    case kAddNorm:
+      add_rows(x, y, o.n, static_cast<float*>(o.sum) + row * o.sum_stride);
+      x = static_cast<float*>(o.sum) + row * o.sum_stride;
+      [[fallthrough]];
+    case kNorm: {
+      const float* weight = static_cast<const float*>(o.weight);
+      return o.choice ? rms_norm(x, weight, o.epsilon, o.n, f) : rms_norm(x, weight, o.epsilon, o.n, a);
+    }
+    case kTurn: return turn_and_write(step.sequences, shape_of(o), row, x, static_cast<A*>(o.output));
+    case kGated: return gated(Activation(o.choice), x, o.n, a);
+    case kAdd: return add_rows(x, y, o.n, f);
+    case kSelect: {
+      const float* from = static_cast<const float*>(o.input) + step.wanted_rows[row] * o.input_stride;
+      std::copy(from, from + o.n, f);
+      return;
+    }
+    case kScale:
+      for (long i = 0; i < o.n; ++i) f[i] = x[i] * o.number;
+      return;
+    case kSoftcap:
+      for (long i = 0; i < o.n; i += kLanes) store(f + i, tanh(load(x + i) / o.number) * o.number);
+      return;
+    case kCast:
+      for (long i = 0; i < o.n; ++i) put(a + i, x[i]);
+      return;
+    case kArgmax:
+      static_cast<int32_t*>(o.output)[row] = int32_t(argmax(x, 0, o.n));
+      return;
+  }
+}
+
+template <class A>
+void run_chunk(const Operation& o, const Step& step, const Cut& cut, long chunk) {
+  if (o.kind == kLinear) return linear_chunk<A>(o, cut, chunk);
+  if (o.kind == kAttend) return attend_chunk<A>(o, step, chunk);
+  const long stop = std::min(cut.rows, (chunk + 1) * cut.rows_each);
+  for (long row = chunk * cut.rows_each; row < stop; ++row) row_operation<A>(o, step, row);
+}
+
+template <class A>
+void run(Program& program, const Step& step, int threads) {
+  const long count = long(program.operations.size());
+  for (long i = 0; i < count; ++i) program.claims[i].store(0, std::memory_order_relaxed);
+  auto job = [&](int) {
+    for (long i = 0; i < count; ++i) {
+      const Operation& o = program.operations[i];
+      const Cut cut = cut_of(o, step, threads);
+      for (;;) {
+        const long chunk = program.claims[i].fetch_add(1, std::memory_order_relaxed);
+        if (chunk >= cut.chunks) break;
+        run_chunk<A>(o, step, cut, chunk);
+      }
+      team()->meet();
+    }
+  };
+  team()->run(threads, job);
+}
+
+template <class W, class S>
+void pack(const S* source, long source_stride, long first_output, long outputs, long n, long k, W* packed) {
+  // depth by depth, so that the lines that a group's outputs share stay in the cache
+  for (long start = 0; start < k; start += 64)
+    for (long output = 0; output < outputs; ++output)
+      for (long i = start; i < std::min(k, start + 64); ++i)
+        put(packed + packed_index<W>(n, k, first_output + output, i), get(source + output * source_stride + i));
+}
+
+template <class S>
+void pack_as(int type, const S* source, long stride, long first, long outputs, long n, long k, void* packed) {
+  const long groups = (outputs + kGroup - 1) / kGroup;
+  std::atomic<long> claim{0};
+  auto job = [&](int) {
+    for (long g; (g = claim.fetch_add(1)) < groups;) {
+      const long from = g * kGroup, some = std::min<long>(kGroup, outputs - from);
+      if (type == kFloat32)
+        pack(source + from * stride, stride, first + from, some, n, k, static_cast<float*>(packed));
+      else
+        pack(source + from * stride, stride, first + from, some, n, k, static_cast<bf16*>(packed));
+    }
+  };
+  team()->run(team()->size(), job);
+}
+
+struct Half {
+  uint16_t bits;
+};
+inline float get(const Half* p) {
+  const uint32_t sign = uint32_t(p->bits & 0x8000) << 16, exponent = p->bits >> 10 & 31, fraction = p->bits & 1023;
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * float(fraction) * 0x1p-24f;
+  const uint32_t bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+}  // namespace eh
+
+using namespace eh;
+
+extern "C" {
+
+int eh_version() { return 1; }
+int eh_lanes() { return kLanes; }
+int eh_block_size() { return kBlock; }
+int eh_max_dim() { return kMaxDim; }
+
+// Threads of all programs of the process. Call again to change the number, never while a program runs.
+void eh_start(int num_threads) {
+  delete team();
+  team() = new Team(num_threads);
+}
+void eh_stop() {
+  delete team();
+  team() = nullptr;
+}
+
+// Zeroed memory that isn't there until it is touched; huge pages where the system has them.
+void* eh_allocate(int64_t bytes) {
+  void* p = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) return nullptr;
+#ifdef MADV_HUGEPAGE
+  madvise(p, size_t(bytes), MADV_HUGEPAGE);
+#endif
+  return p;
+}
+void eh_free(void* p, int64_t bytes) { munmap(p, size_t(bytes)); }
+
+int64_t eh_packed_elements(int64_t n, int64_t k) { return padded(n) * padded_depth(k); }
+
+// Outputs first … first + outputs - 1 of packed weights [n, k] from rows of `source`.
+void eh_pack(int type, int source_type, const void* source, int64_t stride, int64_t first, int64_t outputs, int64_t n,
+             int64_t k, void* packed) {
+  if (source_type == kFloat32) pack_as(type, static_cast<const float*>(source), stride, first, outputs, n, k, packed);
+  if (source_type == kBfloat16) pack_as(type, static_cast<const bf16*>(source), stride, first, outputs, n, k, packed);
+  if (source_type == kFloat16) pack_as(type, static_cast<const Half*>(source), stride, first, outputs, n, k, packed);
+}
+
+void* eh_program(const Operation* operations, int64_t count, int type) {
+  auto* program = new Program;
+  program->operations.assign(operations, operations + count);
+  program->type = Type(type);
+  program->claims = std::make_unique<std::atomic<int>[]>(size_t(count));
+  return program;
+}
+void eh_program_free(void* program) { delete static_cast<Program*>(program); }
+
+void eh_program_run(void* pointer, const Step* step, int threads) {
+  auto& program = *static_cast<Program*>(pointer);
+  const int some = std::min(threads, team()->size());
+  program.type == kFloat32 ? run<float>(program, *step, some) : run<bf16>(program, *step, some);
+}
+}
