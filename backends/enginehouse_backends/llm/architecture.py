@@ -74,7 +74,7 @@ def read_architecture(folder: Path) -> Architecture:
 def parse_architecture(raw: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> Architecture:
     names = raw.get("architectures") or [""]
     text: Mapping[str, Any] = raw.get("text_config") or raw
-    text = {**_OMITTED.get(str(text.get("model_type")), {}), **text}
+    text = {**_OMITTED.get(str(text.get("model_type")), {}), **_renamed(text), **text}
     number = _NumberReader(text, where)
     num_heads = number.required("num_attention_heads")
     hidden_size = number.required("hidden_size")
@@ -109,6 +109,16 @@ def parse_architecture(raw: Mapping[str, Any], generation: Mapping[str, Any], wh
         text=text,
     )
 
+
+def _renamed(text: Mapping[str, Any]) -> Mapping[str, Any]:
+    """GPT-2's names for what everyone else calls otherwise."""
+    return {name: text[old] for old, name in _OLD_NAMES.items() if text.get(old) is not None}
+
+
+_OLD_NAMES = {
+    "n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings", "n_inner": "intermediate_size",
+}  # fmt: skip
 
 _OMITTED: Mapping[str, Mapping[str, Any]] = {
     "gemma2": {"tie_word_embeddings": True, "sliding_window_pattern": 2, "query_pre_attn_scalar": 256},

@@ -67,9 +67,7 @@ class KvSpace:
         self.ledger.check_integrity()
         for name, pool in self._pools.items():
             pool.check_integrity()
-            assert all(self.ledger.owner(page) == name for page in pool.pages), (
-                f"bug: {name} uses another's page"
-            )
+            assert all(self.ledger.owner(page) == name for page in pool.pages), f"bug: {name} uses another's page"
             assert self.ledger.count(name) == sum(1 for _ in pool.pages), f"bug: {name} lost a page"
 
     def _take_idle(self, name: str, older_than: int | None) -> bool:

@@ -28,9 +28,7 @@ class LatencyModel:
             self._base_s[bucket] = seconds if known is None else known + _MEMORY * (seconds - known)
         elif num_prompt_tokens >= _ENOUGH_TOKENS:
             measured = max(seconds - self.base_s(num_rows), 0.0) / num_prompt_tokens
-            self.token_s = (
-                measured if not self.token_s else self.token_s + _MEMORY * (measured - self.token_s)
-            )
+            self.token_s = measured if not self.token_s else self.token_s + _MEMORY * (measured - self.token_s)
 
     def base_s(self, num_rows: int) -> float:
         """Of a step of so many decoding rows alone: the nearest that was seen. 0 for no rows."""

@@ -65,6 +65,14 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
         original_max_position_embeddings=20,
         rope_scaling=_LONGROPE,
     ),
+    # by the general path
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=64, n_head=4, n_layer=3, n_positions=MAX_POSITIONS
+    ),
+    "olmo2": lambda: transformers.Olmo2Config(**SHAPE, pad_token_id=0),
+    "cohere": lambda: transformers.CohereConfig(**SHAPE, pad_token_id=0),
+    "granite": lambda: transformers.GraniteConfig(**SHAPE),
+    "stablelm": lambda: transformers.StableLmConfig(**SHAPE),
     "mixtral": lambda: transformers.MixtralConfig(**SHAPE, **_EXPERTS),
     "qwen3-moe": lambda: _config(
         "Qwen3MoeConfig",

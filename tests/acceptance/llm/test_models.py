@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from enginehouse.errors import EnginehouseError
 from enginehouse_backends.llm.architecture import read_architecture
@@ -16,7 +18,7 @@ from enginehouse_backends.llm.checkpoint import Checkpoint
 from enginehouse_backends.llm.dense import load_dense
 from enginehouse_backends.llm.layers import Build
 from enginehouse_backends.llm.models import DecoderModel, build_model
-from tests.acceptance.llm.small_models import CONFIGS, VOCAB, save_reference
+from tests.acceptance.llm.small_models import CONFIGS, SHAPE, VOCAB, make_reference, save_reference
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 64
@@ -92,3 +94,11 @@ def test_the_decoder_of_a_multimodal_checkpoint_is_found(tmp_path: Path) -> None
     ids = torch.randint(0, VOCAB, (2, 30), dtype=torch.int32)
     logits = chunked_logits(load_model(tmp_path), ids, cuts=[])
     torch.testing.assert_close(logits, reference(ids.long()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_with_a_recurrent_state_is_refused_while_loading(tmp_path: Path) -> None:
+    make: Any = transformers.FalconH1Config
+    config = make(**SHAPE, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8)
+    make_reference(config).save_pretrained(tmp_path)
+    with pytest.raises(EnginehouseError, match="keeps more than keys and values"):
+        load_model(tmp_path)

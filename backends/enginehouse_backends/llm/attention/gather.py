@@ -44,9 +44,7 @@ def split_heads(
         layer.num_kv_heads * layer.head_dim,
         layer.num_kv_heads * layer.head_dim,
     ]
-    query, key, value = (
-        part.reshape(part.shape[0], -1, layer.head_dim) for part in torch.split(qkv, sizes, dim=-1)
-    )
+    query, key, value = (part.reshape(part.shape[0], -1, layer.head_dim) for part in torch.split(qkv, sizes, dim=-1))
     query = _rotate(_normed(query, layer.q_norm), layer.rope, positions)
     key = _rotate(_normed(key, layer.k_norm), layer.rope, positions)
     return query, key, value

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 from enginehouse.errors import Unsupported
 from enginehouse_backends.llm.attention import StepBatch
@@ -47,8 +49,17 @@ def build_model(build: Build) -> DecoderModel:
     Raises Unsupported for an unknown family.
     """
     family = build.architecture.family
-    if family not in _MODULES:
+    if family not in _MODULES and not _transformers_knows(build.architecture.raw):
         raise Unsupported(f"architecture '{family}' is not supported; known are {', '.join(known_architectures())}")
-    module, name = _MODULES[family]
+    module, name = _MODULES.get(family, ("general", "GeneralModel"))
     made: DecoderModel = getattr(importlib.import_module(f"{__name__}.{module}"), name)(build)
     return made
+
+
+def _transformers_knows(raw: Mapping[str, Any]) -> bool:
+    """Whether transformers has a decoder of that architecture, which may then run over paged attention."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(raw.get("model_type")), ())
+    names = (known,) if isinstance(known, str) else known
+    return any(name in names for name in raw.get("architectures") or ())
