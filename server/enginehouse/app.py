@@ -1,7 +1,7 @@
 """Composition root: builds the parts, starts them, listens to signals, drains. No logic of its own.
 
-Front ends listen before models are loaded, so that a server that loads for minutes is live and says that it
-is not ready. On SIGTERM it says so first, goes on serving, then stops listening, then waits.
+Front ends listen before models are loaded, so that metrics and the index tell how far a long start is; live
+and ready say no until it is done. On SIGTERM it says so first, goes on serving, then stops listening, then waits.
 """
 
 from __future__ import annotations

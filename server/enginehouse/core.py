@@ -75,7 +75,9 @@ class Core:
     # --- health
 
     def is_live(self) -> bool:
-        return True
+        """Not before the models of the start are loaded: scripts written for Triton, which doesn't listen
+        until then, take the first "live" as the sign to begin."""
+        return self.started
 
     def is_ready(self) -> bool:
         """Not while starting or draining; with strict readiness only if every model is."""
