@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from enginehouse import __version__
 from enginehouse.core import Core
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution.hosts import HostOptions, ModelHosts
 from enginehouse.frontends.serving import FrontEnd, front_ends
+from enginehouse.observe.hosting_families import build_family, memory_families, version_families
 from enginehouse.observe.logs import LogSettings, ServerLogging, escaping_wanted, unescaped
 from enginehouse.observe.metrics import CacheReading, Metrics
 from enginehouse.observe.metrics_settings import MetricsSettings
@@ -26,6 +28,7 @@ from enginehouse.observe.tables import models_table
 from enginehouse.observe.tracing import TraceSettings
 from enginehouse.options import ModelControlMode, RateLimitMode, ServerOptions
 from enginehouse.repository.lifecycle import Lifecycle
+from enginehouse.repository.readings import version_readings
 from enginehouse.repository.registry import Registry
 from enginehouse.repository.serving import Serving
 from enginehouse.repository.source import Repositories
@@ -83,6 +86,9 @@ class Server:
         )
         self.core.lifecycle = self.lifecycle
         self.core.source = self.source
+        self.metrics.add_provider(lambda: memory_families(self.hosts.ledger.budgets()))
+        self.metrics.add_provider(lambda: version_families(version_readings(self.registry)))
+        self.metrics.add_provider(lambda: [build_family(__version__)])
         self._front_ends: Sequence[FrontEnd] = ()
         self._watchers: list[asyncio.Task[None]] = []
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from prometheus_client import ProcessCollector
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -70,6 +71,7 @@ class Metrics:
         self._cpu = CpuReader(interval_ns, now_ns) if settings.cpu else None
         self._gpu = GpuReader.open(interval_ns) if settings.gpu else None
         self.registry.register(_Everything(self._families))
+        ProcessCollector(registry=self.registry)
 
     def open_model(
         self, config: ModelConfig, version: int, *, has_cache: bool = False, namespace: str = ""
@@ -191,7 +193,5 @@ def _cache_families(cache: CacheReading) -> Iterator[MetricFamily]:
         "Total cache lookup duration (hit and miss), in microseconds",
         cache.lookup_us,
     )
-    yield _gauge(
-        "nv_cache_insertion_duration", "Total cache insertion duration, in microseconds", cache.insertion_us
-    )
+    yield _gauge("nv_cache_insertion_duration", "Total cache insertion duration, in microseconds", cache.insertion_us)
     yield _gauge("nv_cache_util", "Cache utilization [0.0 - 1.0]", cache.utilization)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from enginehouse.errors import (
 from enginehouse.execution.contract import ExecutionTimes
 from enginehouse.observe.custom_metrics import CustomMetrics
 from enginehouse.observe.exposition import number
+from enginehouse.observe.hosting_families import VersionReading, memory_families, version_families
 from enginehouse.observe.metrics import CacheReading, Metrics
 from enginehouse.observe.metrics_settings import MetricsSettings
 from enginehouse.observe.statistics import ModelStatistics
@@ -189,6 +191,40 @@ async def test_sources_and_providers_join_in_and_same_families_merge() -> None:
     assert "_created" not in text
     end()
     assert 'model_name="a"' not in (await metrics.scrape()).decode()
+
+
+@dataclass
+class Entry:
+    model: str
+    version: int
+    kind: str
+    num_bytes: int
+
+
+@dataclass
+class Device:
+    device: str
+    total_bytes: int
+    limit_bytes: int
+    entries: list[Entry]
+
+
+def test_memory_is_told_by_device_model_and_kind() -> None:
+    entries = [Entry("m", 1, "weights", 3), Entry("m", 1, "workspace", 2), Entry("m", 1, "workspace", 2)]
+    metrics = Metrics(settings())
+    metrics.add_provider(lambda: memory_families([Device("cpu", 100, 50, entries), Device("cuda:0", 9, 9, [])]))
+    found = samples(metrics.render())
+    assert found['enginehouse_memory_limit_bytes{device="cpu"}'] == 50
+    assert found['enginehouse_memory_bytes{device="cpu",kind="weights",model="m",version="1"}'] == 3
+    assert found['enginehouse_memory_bytes{device="cpu",kind="workspace",model="m",version="1"}'] == 4
+
+
+def test_readiness_and_restarts_are_told_by_version() -> None:
+    metrics = Metrics(settings())
+    metrics.add_provider(lambda: version_families([VersionReading("m", 2, is_ready=False, num_restarts=3)]))
+    found = samples(metrics.render())
+    assert found['enginehouse_model_ready{model="m",version="2"}'] == 0
+    assert found['enginehouse_host_restarts_total{model="m",version="2"}'] == 3
 
 
 def test_cpu_readings_are_plausible() -> None:
