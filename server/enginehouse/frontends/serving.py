@@ -66,7 +66,14 @@ def serve_metrics(core: Core, options: ServerOptions) -> FrontEnd:
         text: bytes = await core.metrics.scrape()
         return HttpResponse(200, METRICS_TYPE, (text,))
 
-    router = Router([Route("/metrics", ("GET",), None, metrics, not_allowed_type=TEXT)], RestrictedApis(()))
+    async def nothing(http: HttpRequest, parts: PathParts) -> Reply:
+        return HttpResponse(200, METRICS_TYPE)  # as Triton answers any other path here
+
+    routes = [
+        Route("/metrics", ("GET",), None, metrics, not_allowed_type=TEXT),
+        Route(".*", ("GET",), None, nothing, not_allowed_type=TEXT),
+    ]
+    router = Router(routes, RestrictedApis(()))
     return HttpServer(router.handle, "Metrics", options.metrics_host, options.metrics_port)
 
 

@@ -8,7 +8,7 @@ from enginehouse.config import schema
 from enginehouse.core import Core
 from enginehouse.frontends.grpc_call import GrpcCall
 from enginehouse.frontends.kserve_grpc.infer import parse
-from enginehouse.frontends.model_platform import platform_of
+from enginehouse.frontends.model_metadata import listed_versions, platform_of
 from enginehouse.types import TensorSpec
 
 
@@ -38,7 +38,7 @@ class ModelMethods:
         served = await self._core.loaded_model(request.name, request.version)
         return schema.ModelMetadataResponse(
             name=served.name,
-            versions=served.ready_versions,
+            versions=listed_versions(served, request.version),
             platform=platform_of(served.config),
             inputs=[_tensor_metadata(spec) for spec in served.inputs.values()],
             outputs=[_tensor_metadata(spec) for spec in served.outputs.values()],

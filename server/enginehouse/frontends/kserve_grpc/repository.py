@@ -33,7 +33,7 @@ class RepositoryMethods:
                 config = value.string_param
             elif key.startswith(FILE_PREFIX):
                 _expect("load", key, kind, "bytes_param")
-                files[key] = value.bytes_param
+                files[key.removeprefix(FILE_PREFIX)] = value.bytes_param
             else:
                 raise InvalidArgument(f"unrecognized load parameter '{key}'.")
         await self._core.load(request.model_name, config, files)

@@ -12,7 +12,7 @@ from enginehouse.errors import EnginehouseError, InvalidArgument
 from enginehouse.frontends.http_message import TEXT, HttpRequest, HttpResponse, Reply, error_response
 from enginehouse.frontends.http_routes import PathParts
 from enginehouse.frontends.message_json import message_to_json
-from enginehouse.frontends.model_platform import platform_of
+from enginehouse.frontends.model_metadata import listed_versions, platform_of
 from enginehouse.types import TensorSpec
 
 
@@ -49,7 +49,7 @@ class ModelHandlers:
         return json_reply(
             {
                 "name": served.name,
-                "versions": list(served.ready_versions),
+                "versions": list(listed_versions(served, parts["version"])),
                 "platform": platform_of(served.config),
                 "inputs": [_tensor_metadata(spec) for spec in served.inputs.values()],
                 "outputs": [_tensor_metadata(spec) for spec in served.outputs.values()],

@@ -37,7 +37,7 @@ class RepositoryHandlers:
             if key == "config":
                 config = as_string(value)
             elif key.startswith(FILE_PREFIX):
-                files[key] = _decode_file(key, as_string(value))
+                files[key.removeprefix(FILE_PREFIX)] = _decode_file(key, as_string(value))
             else:
                 raise Internal("unexpected error on creating Triton parameter")
         await self._core.load(parts["model"], config, files)
