@@ -36,7 +36,7 @@ def run_tensors(
     except Exception as problem:
         results, error = {}, as_error(problem)
     end_ns = time.monotonic_ns()
-    return Outcome(ExecutionTimes(start_ns, input_end_ns, end_ns, end_ns), results, error)
+    return Outcome(ExecutionTimes(start_ns, input_end_ns, end_ns, time.monotonic_ns()), results, error)
 
 
 def run_requests(instance: RequestInstance, start_ns: int, requests: Sequence[InferRequest]) -> Outcome:

@@ -393,7 +393,8 @@ class Worker:
                 joined,
                 responses,
                 m.ErrorRef.of(error) if error is not None else None,
-                (times.start_ns, times.input_end_ns, times.output_start_ns, times.end_ns),
+                # the outputs are in the slab by now: writing them was the output's part
+                (times.start_ns, times.input_end_ns, times.output_start_ns, time.monotonic_ns()),
                 self.channel.incoming.take_released(),
             )
         )

@@ -141,8 +141,8 @@ class Lifecycle:
         self._locks: dict[str, asyncio.Lock] = {}
         self._loaded: dict[str, _Loaded] = {}
         self._failed: dict[str, ModelDefinition] = {}
-        self._evicted: dict[str, bool] = {}
-        """Models that left for others' sake or for want of requests, and whether they were loaded by name."""
+        self._suspended: dict[str, bool] = {}
+        """Ensembles that went with a member and come back with it; whether they were loaded by name."""
         self._retiring: dict[str, set[asyncio.Task[None]]] = {}
 
     # --- what the outside asks for
@@ -162,9 +162,12 @@ class Lifecycle:
         members = member_names(loaded.definition.config) if loaded and unload_dependents else []
         async with self._lock(name):
             self._take_down(name)
+        self._suspended.pop(name, None)
         for other in self._dependents_of(name):
+            explicit = self._loaded[other].explicit
             async with self._lock(other):
                 self._take_down(other)
+            self._suspended[other] = explicit
         for member in members:
             entry = self._loaded.get(member)
             if entry is not None and not entry.explicit and not self._dependents_of(member):
@@ -247,7 +250,19 @@ class Lifecycle:
             self._on_change(name)
             raise InvalidArgument(f"load failed for model '{name}': {error.message}\n") from error
         self._failed.pop(name, None)
+        self._suspended.pop(name, None)
         self._on_change(name)
+        await self._bring_back(name)
+
+    async def _bring_back(self, member: str) -> None:
+        """Loads the ensembles again that went down with this member."""
+        for name, explicit in list(self._suspended.items()):
+            try:
+                definition = await asyncio.to_thread(self._source.poll, name, None)
+                if member in member_names(definition.config):
+                    await self._load_definition(definition, explicit, above=())
+            except (PollError, EnginehouseError) as problem:
+                logger.warning("ensemble '%s' does not come back with '%s': %s", name, member, str(problem).rstrip())
 
     async def _load_members(self, definition: ModelDefinition, path: tuple[str, ...]) -> None:
         """An ensemble's members are loaded before it, and its graph is checked against them."""
@@ -303,7 +318,6 @@ class Lifecycle:
             time.monotonic() - started_s if plan.build or current is None else current.load_s,
         )
         record.on_demand = definition.on_demand
-        self._evicted.pop(name, None)
 
     async def _replace(
         self, definition: ModelDefinition, versions: Sequence[int], ready: Mapping[int, ServedVersion]
@@ -394,7 +408,6 @@ class Lifecycle:
             self._retire_in_background(name, served, UNLOADED)
         self.registry.record(name).on_demand = True
         del self._loaded[name]
-        self._evicted[name] = loaded.explicit
         await asyncio.wait(set(self._retiring[name]))
 
     def _residents(self) -> list[Resident]:

@@ -160,8 +160,9 @@ def _fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _inside(directory: Path, relative: str) -> Path:
-    """The path under `directory`. Raises PollError for one that leads out of it."""
+def _inside(directory: Path, key: str) -> Path:
+    """The path under `directory` that a load parameter `file:<path>` names. Raises PollError if it leads out."""
+    relative = key.removeprefix("file:")
     pure = PurePosixPath(relative)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts:
         raise PollError(f"override file '{relative}' is not a path inside the model's folder")

@@ -163,6 +163,25 @@ async def test_unloading_a_member_takes_its_ensemble_down() -> None:
 
 
 @pytest.mark.asyncio
+async def test_an_ensemble_comes_back_with_the_member_that_took_it_down() -> None:
+    repository = Repository(definition(), definition("e", text=ENSEMBLE))
+    await repository.lifecycle.load("e")
+    await repository.lifecycle.unload("m")
+    await repository.lifecycle.load("m")
+    assert repository.registry.is_ready("e")
+
+
+@pytest.mark.asyncio
+async def test_an_ensemble_that_was_unloaded_itself_stays_away() -> None:
+    repository = Repository(definition(), definition("e", text=ENSEMBLE))
+    await repository.lifecycle.load("e")
+    await repository.lifecycle.unload("m")
+    await repository.lifecycle.unload("e")
+    await repository.lifecycle.load("m")
+    assert not repository.registry.is_ready("e")
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("loaded_by_hand", [True, False])
 async def test_unloading_an_ensemble_with_its_dependents_spares_what_was_loaded_by_hand(
     loaded_by_hand: bool,
