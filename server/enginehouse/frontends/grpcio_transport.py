@@ -17,7 +17,8 @@ from grpc_reflection.v1alpha import reflection
 
 from enginehouse.errors import EnginehouseError, Internal, Unavailable
 from enginehouse.frontends.grpc_call import GrpcCall, Method, Stream, Unary
-from enginehouse.frontends.restricted_apis import RestrictedApis
+from enginehouse.frontends.grpc_delays import GrpcDelays
+from enginehouse.frontends.restricted_apis import Api, RestrictedApis
 from enginehouse.frontends.wire_errors import as_wire_error, grpc_status
 from enginehouse.options import CompressionLevel, ServerOptions
 
@@ -121,6 +122,7 @@ def _credentials(options: ServerOptions) -> grpc.ServerCredentials | None:
 class _Handlers(_GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, methods: Mapping[str, Method], restricted: RestrictedApis) -> None:
         self._restricted = restricted
+        self._delays = GrpcDelays.from_environment()
         self._by_path = {path: self._handler_of(method) for path, method in methods.items()}
         self._unknown = grpc.stream_stream_rpc_method_handler(_refuse_unknown)
 
@@ -132,10 +134,13 @@ class _Handlers(_GenericRpcHandler):  # type: ignore[misc]
         return None if details.method.startswith("/grpc.reflection.") else self._unknown
 
     def _handler_of(self, method: Method) -> Any:
+        delays = self._delays if method.api is Api.INFERENCE else None
         if method.unary is not None:
-            return grpc.unary_unary_rpc_method_handler(self._unary(method, method.unary))
+            unary = delays.unary(method.unary) if delays else method.unary
+            return grpc.unary_unary_rpc_method_handler(self._unary(method, unary))
         assert method.stream is not None
-        return grpc.stream_stream_rpc_method_handler(self._stream(method, method.stream))
+        stream = delays.stream(method.stream) if delays else method.stream
+        return grpc.stream_stream_rpc_method_handler(self._stream(method, stream))
 
     def _unary(self, method: Method, function: Unary) -> Callable[[bytes, Any], Any]:
         async def handle(data: bytes, context: Any) -> bytes:

@@ -19,6 +19,7 @@ from enginehouse.frontends.shared_memory.regions import Lease, Regions
 from enginehouse.types import DataType, DeviceData, InferRequest, InferResponse, ParameterValue, Tensor
 from enginehouse.types import encode_bytes_elements as encode_elements
 
+MAX_MESSAGE_BYTES = 2**31 - 1
 _RAW_OUTPUT_TAG = b"\x32"  # raw_output_contents: field 6, length-delimited
 
 # Typed contents: the field, the type it carries, and the narrower ones that share it.
@@ -292,4 +293,9 @@ def encode_response(response: InferResponse, options: OutputOptions, served: Ser
     """A serialized ModelInferResponse."""
     message = response_head(response)
     raw = encode_outputs(message, response.outputs, options, served)
-    return b"".join((message.SerializeToString(), *raw_output_parts(raw)))
+    answer = b"".join((message.SerializeToString(), *raw_output_parts(raw)))
+    if len(answer) > MAX_MESSAGE_BYTES:
+        raise InvalidArgument(
+            f"Response has byte size {len(answer)} which exceeds gRPC's byte size limit {MAX_MESSAGE_BYTES}."
+        )
+    return answer

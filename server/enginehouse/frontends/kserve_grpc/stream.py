@@ -7,6 +7,7 @@ are made. Errors are messages in the stream and don't end it, unless the client 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from enginehouse.types import InferRequest, InferResponse
 
 _INFER_RESPONSE_TAG = b"\x12"  # infer_response: field 2, length-delimited
 GRPC_ERROR_HEADER = "triton_grpc_error"
+GRPC_ERROR_DEFAULT = os.environ.get("TRITONSERVER_GRPC_STATUS", "false")
+"""Whether an error of a model ends the stream with its status where the client doesn't say."""
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +64,7 @@ class _Session:
         self._core = core
         self._decoder = decoder
         self._call = call
-        self._errors_end_it = call.header(GRPC_ERROR_HEADER) == "true"
+        self._errors_end_it = (call.header(GRPC_ERROR_HEADER) or GRPC_ERROR_DEFAULT).lower() == "true"
         self._outgoing: asyncio.Queue[bytes | EnginehouseError | None] = asyncio.Queue()
         self._open: set[Exchange] = set()
         self._ordered: deque[Exchange] = deque()
