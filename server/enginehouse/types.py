@@ -186,7 +186,7 @@ class RequestTimes:
     """CLOCK_MONOTONIC nanoseconds, 0 while it has not happened; comparable between processes.
 
     Set by: received, the front end · queued, core · started, the scheduler as it hands the batch over ·
-    compute_*, the host · ended, core with the final response.
+    compute_*, ended, the host as the batch ends, before it answers (a model that answers earlier: after).
     """
 
     received_ns: int = 0

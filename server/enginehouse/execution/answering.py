@@ -41,6 +41,14 @@ class RunningBatch:
             return
         self.batch.on_response(self.batch.requests[index], response)
 
+    def stamp(self, times: ExecutionTimes) -> None:
+        """Writes when the batch ran into its requests, for traces: before they get their answers."""
+        for request in self.batch.requests:
+            stamps = request.times
+            stamps.compute_input_end_ns = times.input_end_ns
+            stamps.compute_output_start_ns = times.output_start_ns
+            stamps.ended_ns = times.end_ns
+
     def _reschedule(self, index: int) -> None:
         request = self.batch.requests[index]
         if self.batch.on_reschedule is not None:

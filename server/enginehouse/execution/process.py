@@ -291,6 +291,8 @@ class WorkerProcess:
         if running is None:
             return
         error = done.error.error() if done.error else None
+        times = ExecutionTimes(*done.times)
+        running.stamp(times)
         try:
             memory = self.incoming.open(done.block, done.block_nbytes)
             if running.takes_tensors and error is None:
@@ -301,7 +303,7 @@ class WorkerProcess:
                 running.respond(ref.index, self._response(ref, memory, running))
         except (EnginehouseError, ValueError) as problem:
             error = Internal(str(problem), reason=FailureReason.BACKEND)
-        running.release(ExecutionTimes(*done.times), error)
+        running.release(times, error)
         self._forget_if_finished(running)
 
     def _on_respond(self, message: m.Respond) -> None:

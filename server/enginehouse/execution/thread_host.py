@@ -83,6 +83,7 @@ class ThreadInstance:
         self._forget_if_finished(running)
 
     def _on_outcome(self, running: RunningBatch, outcome: Outcome, answers: Sequence[InferResponse]) -> None:
+        running.stamp(outcome.times)
         for index, answer in enumerate(answers):
             running.respond(index, answer)
         running.release(outcome.times, outcome.error)

@@ -125,7 +125,7 @@ class SpanRecorder:
         if native is None:
             return
         moments = dict(activities(request, time.monotonic_ns()))
-        if "COMPUTE_START" in moments and "COMPUTE_INPUT_END" in moments:
+        if "COMPUTE_START" in moments:
             compute = self._export.start("compute", moments["COMPUTE_START"], trace.set_span_in_context(native))
             for name in _COMPUTE:
                 if name in moments:
