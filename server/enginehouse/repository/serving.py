@@ -117,14 +117,15 @@ class Serving:
             found = await self._hosts.complete_config(context)
             config = completion.merge_found(config, found)
         config = await asyncio.to_thread(completion.at_load, config, context.version_directory)
-        if not is_ensemble:
+        if is_ensemble:
+            config.model_transaction_policy.decoupled = check_ensemble(config, self._config_of)
+        else:
             config = with_explicit_groups(config, self._hosts.machine)
         validation.validate_tensors(config)
         return config
 
     def _describe(self, config: ModelConfig, version: int, labels: Mapping[str, Sequence[str]]) -> ServedVersion:
         checks = RequestChecks(config)
-        is_ensemble = config.HasField("ensemble_scheduling")
         return ServedVersion(
             name=config.name,
             version=version,
@@ -132,11 +133,7 @@ class Serving:
             inputs={spec.name: spec for spec in tensors.request_inputs(config)},
             outputs={spec.name: spec for spec in tensors.request_outputs(config)},
             labels=labels,
-            decoupled=(
-                check_ensemble(config, self._config_of)
-                if is_ensemble
-                else config.model_transaction_policy.decoupled
-            ),
+            decoupled=config.model_transaction_policy.decoupled,
             checks=checks,
             reshapes_outputs=checks.reshapes_outputs,
             statistics=self._metrics.open_model(
