@@ -27,11 +27,13 @@ from enginehouse.observe.metrics_settings import MetricsSettings
 from enginehouse.observe.tables import models_table
 from enginehouse.observe.tracing import TraceSettings
 from enginehouse.options import ModelControlMode, RateLimitMode, ServerOptions
+from enginehouse.repository.agents import Agents
 from enginehouse.repository.lifecycle import Lifecycle
 from enginehouse.repository.readings import version_readings
 from enginehouse.repository.registry import Registry
 from enginehouse.repository.serving import Serving
 from enginehouse.repository.source import Repositories
+from enginehouse.repository.storage import open_root
 from enginehouse.repository.watching import follow
 from enginehouse.scheduling.caches import make_cache
 from enginehouse.scheduling.rate_limiter import RateLimiter
@@ -64,7 +66,12 @@ class Server:
             metrics=self.metrics,
         )
         self.hosts = ModelHosts(self.core, _host_options(options))
-        self.source = Repositories([Path(root) for root in options.model_repository], variant=options.model_config_name)
+        self.source = Repositories(
+            [open_root(root, download_directory=options.download_directory) for root in options.model_repository],
+            variant=options.model_config_name,
+            complete_configs=options.complete_configs,
+            agents=Agents(Path(options.repoagent_directory) if options.repoagent_directory else None),
+        )
         self.cache = make_cache(options.caches, options.cache_directory)
         if self.cache is not None:
             self.metrics.read_cache = partial(_cache_reading, self.cache)
@@ -109,7 +116,7 @@ class Server:
         logger.info("\n%s", models_table(rows), extra=unescaped())
         if self.options.model_control_mode is ModelControlMode.POLL:
             following = follow(
-                self.source.roots,
+                self.source.watched_folders,
                 self.lifecycle,
                 settle_s=self.options.repository_settle_ms / 1000,
                 poll_s=self.options.repository_poll_secs,

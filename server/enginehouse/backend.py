@@ -92,7 +92,9 @@ class LoadContext:
 
     @property
     def version_directory(self) -> Path:
-        return self.model_directory / str(self.version)
+        """The version's own folder; a model without version folders is its own and only version."""
+        folder = self.model_directory / str(self.version)
+        return folder if folder.is_dir() else self.model_directory
 
     def parameter(self, key: str, default: str = "") -> str:
         """The string value of the config's `parameters[key]`."""

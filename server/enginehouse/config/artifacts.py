@@ -13,9 +13,8 @@ _ENCODER_MARKS = ("modules.json", "config_sentence_transformers.json")
 
 @dataclass(frozen=True, slots=True)
 class Artifacts:
-    """Of one version folder. `has_version` is false where there is none to look at."""
+    """Of one version's folder."""
 
-    has_version: bool = False
     files: frozenset[str] = frozenset()
     folders: frozenset[str] = frozenset()
     is_hugging_face: bool = False
@@ -30,13 +29,13 @@ def version_numbers(model_directory: Path) -> list[int]:
 
 
 def is_version_name(name: str) -> bool:
-    return name.isascii() and name.isdigit() and (name == "0" or name[0] != "0") and len(name) < 19
+    return name.isascii() and name.isdigit() and name[0] != "0" and len(name) < 19
 
 
 def inspect_model(model_directory: Path) -> Artifacts:
-    """Of the model's lowest version; of the folder itself where it has no versions but an artifact."""
+    """Of the model's lowest version; of the folder itself where it has no versions."""
     versions = version_numbers(model_directory)
-    return inspect_folder(model_directory / str(versions[0])) if versions else Artifacts()
+    return inspect_folder(model_directory / str(versions[0]) if versions else model_directory)
 
 
 def inspect_folder(folder: Path) -> Artifacts:
@@ -46,7 +45,7 @@ def inspect_folder(folder: Path) -> Artifacts:
     own_config = folder / "config.json"
     is_hugging_face = "config.json" in files and is_hugging_face_config(own_config)
     generates = is_hugging_face and not files.intersection(_ENCODER_MARKS) and _generates(own_config)
-    return Artifacts(True, files, folders, is_hugging_face, generates)
+    return Artifacts(files, folders, is_hugging_face, generates)
 
 
 def _generates(config_path: Path) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from enginehouse.config.schema import ModelConfig
+from enginehouse.repository.agents import AgentChain
 
 
 class PollError(Exception):
@@ -25,7 +26,7 @@ class Override:
 class ModelDefinition:
     name: str
     directory: Path
-    """Local: config and version folders."""
+    """Local: config and version folders, or itself the only version's folder."""
     config: ModelConfig
     """As written, normalised as far as it can be without looking into artifacts."""
     versions: Sequence[int]
@@ -34,6 +35,10 @@ class ModelDefinition:
     """By version: changes whenever a file of that version changes."""
     keeper: object = None
     """Whatever keeps a temporary `directory` alive as long as the definition."""
+    place: str = ""
+    """Which model this is a state of: a path or URL; one of a load request's files is like no other."""
+    agents: AgentChain | None = None
+    """The repository agents that prepared it, and are told what becomes of it."""
 
     @property
     def on_demand(self) -> bool:
@@ -41,7 +46,7 @@ class ModelDefinition:
 
     def same_as(self, other: ModelDefinition) -> bool:
         return (
-            self.directory == other.directory
+            self.place == other.place
             and self.config == other.config
             and self.fingerprints == other.fingerprints
         )

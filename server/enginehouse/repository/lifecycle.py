@@ -18,6 +18,7 @@ from enginehouse.config.schema import ModelConfig, ModelServing
 from enginehouse.errors import EnginehouseError, Internal, InvalidArgument
 from enginehouse.execution.ledger import InsufficientMemory
 from enginehouse.execution.residency import Residency, Resident, choose_victims, outstayed
+from enginehouse.repository.agents import Event
 from enginehouse.repository.definition import ModelDefinition, Override, PollError
 from enginehouse.repository.registry import UNLOADED, Registry, ServedVersion, VersionState
 
@@ -95,7 +96,7 @@ def plan_load(definition: ModelDefinition, current: _Loaded | None, ready: Itera
     same_files = all(
         current.versions.get(version) == definition.fingerprints[version] for version in definition.versions
     )
-    same_place = current.definition.directory == definition.directory
+    same_place = current.definition.place == definition.place
     if current.definition.config == definition.config and same_place:
         changed = [
             version
@@ -248,6 +249,7 @@ class Lifecycle:
         except EnginehouseError as error:
             self._failed[name] = definition
             self._on_change(name)
+            await _tell_agents(definition, Event.LOAD_FAILED)
             raise InvalidArgument(f"load failed for model '{name}': {error.message}\n") from error
         self._failed.pop(name, None)
         self._suspended.pop(name, None)
@@ -309,6 +311,7 @@ class Lifecycle:
                 await self._builder.set_instances(served, definition.config)
         elif plan.build:
             await self._replace(definition, plan.build, ready)
+            await _tell_agents(definition, Event.LOADED)
         for version in plan.retire:
             self._retire_version(name, ready[version])
         self._loaded[name] = _Loaded(
@@ -443,11 +446,13 @@ class Lifecycle:
     # --- unloading
 
     def _take_down(self, name: str) -> None:
-        self._loaded.pop(name, None)
+        loaded = self._loaded.pop(name, None)
         self._failed.pop(name, None)
         self._source.forget_override(name)
         for served in self.registry.ready_versions(name):
             self._retire_version(name, served)
+        if loaded is not None and loaded.definition.agents is not None:
+            self._tell_agents_of_unload(loaded.definition)
         self._on_change(name)
 
     def _retire_version(self, name: str, served: ServedVersion) -> None:
@@ -470,6 +475,20 @@ class Lifecycle:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
+    def _tell_agents_of_unload(self, definition: ModelDefinition) -> None:
+        tasks = self._retiring.setdefault(definition.name, set())
+        retiring = set(tasks)
+
+        async def tell() -> None:
+            await _tell_agents(definition, Event.UNLOADING)
+            if retiring:
+                await asyncio.wait(retiring)
+            await _tell_agents(definition, Event.UNLOADED)
+
+        task = asyncio.create_task(tell(), name=f"tell agents of {definition.name}")
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
     async def _wait_for_retiring(self, name: str) -> None:
         """A model is not loaded beside its own remains: they may hold its device, port or file."""
         if not self.registry.ready_versions(name) and self._retiring.get(name):
@@ -484,6 +503,11 @@ class Lifecycle:
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
+
+
+async def _tell_agents(definition: ModelDefinition, event: Event) -> None:
+    if definition.agents is not None:
+        await asyncio.to_thread(definition.agents.notice, event)
 
 
 def member_names(config: ModelConfig) -> list[str]:

@@ -71,6 +71,8 @@ class ServedVersion:
     """CLOCK_MONOTONIC of the last request: what idle unloading and eviction go by."""
     healthy: bool = True
     """False while the host is down: the version is known, not ready, and refuses requests."""
+    keeper: Any = None
+    """Keeps the folder that it was loaded from."""
 
 
 @dataclass(slots=True)

@@ -61,6 +61,7 @@ class Serving:
         config = await self._complete(context)
         labels = await asyncio.to_thread(read_labels, config, definition.directory)
         served = self._describe(config, version, labels)
+        served.keeper = definition.keeper
         hosted: HostedModel | None = None
         try:
             if not config.HasField("ensemble_scheduling"):

@@ -1,21 +1,23 @@
 """Reads models from the repositories: which there are, and what one of them is now.
 
-Blocking (files): call it in a thread. Nothing here changes what serves.
+Blocking (files, downloads): call it in a thread. Nothing here changes what serves.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from enginehouse.config import completion, reading, validation
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError
+from enginehouse.repository.agents import AgentChain, Agents
 from enginehouse.repository.definition import ModelDefinition, Override, PollError
+from enginehouse.repository.layout import Entry, belongs_to, files_of, models_in, pick_versions, version_folders
+from enginehouse.repository.storage import LocalRoot, Root
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,39 +28,60 @@ class _KeptOverride:
     fingerprint: str
 
 
-class Repositories:
-    """lifecycle.ModelSource over local folders. A name may be in one of them only."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A model in one of the repositories, or in a load request, brought here."""
 
-    def __init__(self, roots: Sequence[Path], *, variant: str = "") -> None:
-        self.roots = list(roots)
+    name: str
+    place: str
+    folder: Path
+    keeper: object = None
+    bare_file: Entry | None = None
+
+    def files(self) -> Iterable[Path]:
+        if self.bare_file is None:
+            return files_of(self.folder)
+        siblings = (Entry(path.name, path.is_dir()) for path in self.folder.iterdir())
+        further = sorted(sibling.name for sibling in siblings if belongs_to(self.bare_file, sibling))
+        return [self.folder / name for name in (self.bare_file.name, *further)]
+
+
+class Repositories:
+    """lifecycle.ModelSource over repositories here and in clouds. A name may be in one of them only."""
+
+    def __init__(
+        self,
+        roots: Sequence[Root | Path],
+        *,
+        variant: str = "",
+        complete_configs: bool = True,
+        agents: Agents | None = None,
+    ) -> None:
+        self.roots: list[Root] = [LocalRoot(root) if isinstance(root, Path) else root for root in roots]
         self._variant = variant
+        self._complete_configs = complete_configs
+        self._agents = agents or Agents()
         self._overrides: dict[str, _KeptOverride] = {}
+        self._prepared: dict[str, tuple[str, AgentChain]] = {}
+
+    @property
+    def watched_folders(self) -> list[Path]:
+        """Where changes can be noticed; what is elsewhere must be looked at."""
+        return [root.watched_folder for root in self.roots if root.watched_folder is not None]
 
     def names(self) -> list[str]:
         found: set[str] = set()
         for root in self.roots:
-            if not root.is_dir():
-                continue
-            found.update(entry.name for entry in os.scandir(root) if _may_be_model(entry))
+            found.update(models_in(root.entries()))
         return sorted(found)
 
     def poll(self, name: str, override: Override | None) -> ModelDefinition:
-        if override is not None and override.files:
-            return self._poll_files(name, override)
-        directory = self._directory_of(name)
-        fingerprint = _fingerprint(_all_files(directory))
-        content: str | None
-        if override is not None and override.config is not None:
-            content = override.config
-        else:
-            kept = self._overrides.get(name)
-            content = kept.content if kept is not None and kept.fingerprint == fingerprint else None
-        definition = self._define(name, directory, content)
-        if content is not None:
-            self._overrides[name] = _KeptOverride(content, fingerprint)
-        else:
-            self._overrides.pop(name, None)
-        return definition
+        try:
+            if override is not None and override.files:
+                return self._poll_files(name, override)
+            return self._poll_repository(name, override.config if override is not None else None)
+        except EnginehouseError as error:
+            raise PollError(error.message) from error
 
     def is_on_demand(self, name: str) -> bool:
         """Whether the model's config leaves its loading to the first request. False if it can't be read."""
@@ -70,15 +93,32 @@ class Repositories:
     def forget_override(self, name: str) -> None:
         self._overrides.pop(name, None)
 
-    def _directory_of(self, name: str) -> Path:
-        holders = [root / name for root in self.roots if (root / name).is_dir()]
+    def _poll_repository(self, name: str, content: str | None) -> ModelDefinition:
+        found = self._find(name)
+        fingerprint = _fingerprint(found.files(), found.folder)
+        if content is None and (kept := self._overrides.get(name)) is not None:
+            content = kept.content if kept.fingerprint == fingerprint else None
+        definition = self._define(found, content, fingerprint)
+        if content is not None:
+            self._overrides[name] = _KeptOverride(content, fingerprint)
+        else:
+            self._overrides.pop(name, None)
+        return definition
+
+    def _find(self, name: str) -> _Found:
+        holders = [(root, entry) for root in self.roots if (entry := root.find(name)) is not None]
         if not holders:
-            looked = ", ".join(str(root) for root in self.roots)
-            raise PollError(f"no folder '{name}' in {looked}")
+            looked = ", ".join(root.url for root in self.roots)
+            raise PollError(f"no model '{name}' in {looked}")
         if len(holders) > 1:
-            places = ", ".join(str(path) for path in holders)
+            places = ", ".join(root.url for root, _ in holders)
             raise PollError(f"model '{name}' is in more than one repository: {places}")
-        return holders[0]
+        root, entry = holders[0]
+        brought = root.bring(entry, name)
+        bare_file = None if entry.is_folder else entry
+        if bare_file is not None and (brought.folder / "1").is_dir():
+            raise PollError(f"the file '{entry.name}' can't be a model beside a folder named '1'")
+        return _Found(name, f"{root.url}/{entry.name}", brought.folder, brought.keeper, bare_file)
 
     def _poll_files(self, name: str, override: Override) -> ModelDefinition:
         if override.config is None:
@@ -91,64 +131,51 @@ class Repositories:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         self._overrides.pop(name, None)
-        return self._define(name, directory, override.config, keeper)
+        found = _Found(name, str(directory), directory, keeper)
+        return self._define(found, override.config, _fingerprint(found.files(), directory))
 
-    def _define(
-        self, name: str, directory: Path, content: str | None, keeper: object = None
-    ) -> ModelDefinition:
-        try:
-            config = self._config(directory, content)
-            config = completion.at_poll(config, directory)
-            validation.validate(config, name)
-        except EnginehouseError as error:
-            raise PollError(error.message) from error
-        versions = pick_versions(config, _version_folders(directory))
+    def _define(self, found: _Found, content: str | None, fingerprint: str) -> ModelDefinition:
+        written = self._read_config(found, content)
+        chain = self._prepare(found, written, fingerprint)
+        folder = chain.folder if chain is not None else found.folder
+        config = completion.at_poll(written, folder, found.name)
+        validation.validate(config, found.name)
+        if not self._complete_configs:
+            validation.validate_tensors(config)
+        bare = {1: folder} if found.bare_file is not None else None
+        versions = pick_versions(config, bare or version_folders(folder, config))
         fingerprints = {
-            version: _fingerprint(_all_files(directory / folder)) for version, folder in versions.items()
+            version: _fingerprint(found.files() if bare else files_of(path), path) for version, path in versions.items()
         }
-        return ModelDefinition(name, directory, config, sorted(versions), fingerprints, keeper)
+        return ModelDefinition(
+            found.name, folder, config, sorted(versions), fingerprints, (found.keeper, chain), found.place, chain
+        )
 
-    def _config(self, directory: Path, content: str | None) -> ModelConfig:
+    def _read_config(self, found: _Found, content: str | None) -> ModelConfig:
         if content is not None:
             return reading.parse_config(content, ".json", "the load request's config").config
-        found = reading.read_config(directory, self._variant)
-        return found.config if found is not None else ModelConfig()
+        if found.bare_file is not None:
+            return ModelConfig(default_model_filename=found.bare_file.name)
+        read = reading.read_config(found.folder, self._variant)
+        if read is None and not self._complete_configs:
+            raise PollError(f"{found.folder} has no config file, and configs are not completed")
+        return read.config if read is not None else ModelConfig()
+
+    def _prepare(self, found: _Found, config: ModelConfig, fingerprint: str) -> AgentChain | None:
+        """Runs the repository agents, once for each state of the model."""
+        if not config.model_repository_agents.agents:
+            self._prepared.pop(found.name, None)
+            return None
+        state = f"{found.place}\0{fingerprint}\0{config.SerializeToString(deterministic=True)!r}"
+        before = self._prepared.get(found.name)
+        if before is not None and before[0] == state:
+            return before[1]
+        chain = self._agents.prepare(found.name, config, found.folder)
+        self._prepared[found.name] = (state, chain)
+        return chain
 
 
-def pick_versions(config: ModelConfig, folders: dict[int, str]) -> dict[int, str]:
-    """The version folders that the config's version policy wants, by number."""
-    policy = config.version_policy
-    kind = policy.WhichOneof("policy_choice")
-    if kind == "all":
-        return folders
-    if kind == "specific":
-        return {version: folders[version] for version in policy.specific.versions if version in folders}
-    number = policy.latest.num_versions if kind == "latest" else 1
-    newest = sorted(folders, reverse=True)[: max(number, 0)]
-    return {version: folders[version] for version in newest}
-
-
-def _version_folders(directory: Path) -> dict[int, str]:
-    """Folders named by a positive number; others are not versions."""
-    return {
-        int(entry.name): entry.name
-        for entry in os.scandir(directory)
-        if entry.is_dir() and entry.name.isdecimal() and int(entry.name) > 0
-    }
-
-
-def _may_be_model(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not entry.name.startswith((".", "__"))
-
-
-def _all_files(directory: Path) -> Iterator[Path]:
-    for folder, subfolders, files in os.walk(directory):
-        subfolders[:] = sorted(name for name in subfolders if name != "__pycache__")
-        for name in sorted(files):
-            yield Path(folder) / name
-
-
-def _fingerprint(files: Iterable[Path]) -> str:
+def _fingerprint(files: Iterable[Path], base: Path) -> str:
     """Changes with the name, size or time of any file."""
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
@@ -156,7 +183,7 @@ def _fingerprint(files: Iterable[Path]) -> str:
             status = path.stat()
         except FileNotFoundError:
             continue  # being replaced right now: the next look sees it
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        digest.update(f"{path.relative_to(base)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 

@@ -41,5 +41,7 @@ async def _refresh(lifecycle: Lifecycle) -> None:
 
 
 async def _changes(roots: Sequence[Path]) -> AsyncIterator[None]:
+    if not roots:
+        await asyncio.Event().wait()  # nothing here can be watched
     async for _ in awatch(*roots, step=50, debounce=200, recursive=True):
         yield None

@@ -12,7 +12,7 @@ from enginehouse.config.reading import parse_config
 from enginehouse.config.schema import ModelConfig
 
 DATA = Path(__file__).parent / "data"
-PYTHON_ARTIFACTS = Artifacts(has_version=True, files=frozenset({"model.py"}))
+PYTHON_ARTIFACTS = Artifacts(files=frozenset({"model.py"}))
 
 
 def recorded(name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from enginehouse.errors import Internal, InvalidArgument
 
 
 def completed(text: str = "", name: str = "m", files: tuple[str, ...] = ()) -> tuple[str, str, str]:
-    artifacts = Artifacts(has_version=bool(files), files=frozenset(files))
+    artifacts = Artifacts(files=frozenset(files))
     config = complete_backend(parse_config(text, ".pbtxt").config, name, artifacts)
     assert config.name == name
     return config.backend, config.platform, config.default_model_filename
