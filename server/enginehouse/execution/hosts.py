@@ -29,6 +29,7 @@ from enginehouse.execution.services import LoopServices
 from enginehouse.execution.slab import MIN_SEGMENT_BYTES
 from enginehouse.execution.spawning import Launch
 from enginehouse.execution.supervision import SupervisionPolicy
+from enginehouse.execution.supervisor import Supervisor
 from enginehouse.execution.thread_host import ThreadHostedModel, load_in_threads
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class ModelHosts:
         self._mailbox: Mailbox | None = None
         self._desk: ServiceDesk | None = None
         self._parking = Parking()
+        self._supervisor = Supervisor()
         self._loaded: list[HostedModel] = []
 
     async def complete_config(self, context: LoadContext) -> ModelConfig:
@@ -151,6 +153,7 @@ class ModelHosts:
         await self._parking.close()
         for hosted in list(self._loaded):
             await hosted.close()
+        await self._supervisor.close()
 
     async def _load_into_host(
         self,
@@ -194,7 +197,10 @@ class ModelHosts:
         return ProcessHostedModel(context, sent, policy, make_process, apart, on_health)
 
     def _new_process(self, model: str, instance: str, solo: bool) -> HostProcess:
-        return HostProcess(process_name(model, instance), Launch(), self._service_desk(), solo, MIN_SEGMENT_BYTES)
+        name = process_name(model, instance)
+        process = HostProcess(name, Launch(), self._service_desk(), solo, MIN_SEGMENT_BYTES)
+        self._supervisor.watch(process)
+        return process
 
     def _forget(self, hosted: HostedModel, name: str, version: int) -> None:
         self._loaded.remove(hosted)

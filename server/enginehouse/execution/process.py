@@ -37,7 +37,7 @@ _FREED_ALONE = 32
 class WorkerBatch(RunningBatch):
     """A batch in a worker's instance."""
 
-    __slots__ = ("batch_id", "instance_id", "joiner", "on_finished", "sent_ns", "takes_tensors")
+    __slots__ = ("batch_id", "instance_id", "joiner", "on_finished", "sent_ns", "slot", "takes_tensors")
 
     def __init__(
         self,
@@ -46,12 +46,14 @@ class WorkerBatch(RunningBatch):
         version: str,
         joiner: Joiner,
         instance_id: int,
+        slot: int,
         takes_tensors: bool,
         on_finished: Callable[[WorkerBatch], None],
     ) -> None:
         super().__init__(batch, model, version)
         self.batch_id = 0
         self.instance_id = instance_id
+        self.slot = slot
         self.joiner = joiner
         self.takes_tensors = takes_tensors
         self.sent_ns = 0
@@ -138,6 +140,22 @@ class WorkerProcess:
         """A place for the progress words of a new instance."""
         self._num_slots_taken += 1
         return (self._num_slots_taken - 1) % (m.PROGRESS_BYTES // m.PROGRESS.size)
+
+    def busy_since_s(self) -> float | None:
+        """Since when an instance has worked on the batch that it has worked on for longest; a batch that was
+        sent and not begun counts from then. None while nothing keeps an instance busy."""
+        oldest_ns = 0
+        for running in self.batches.values():
+            if not running.instance_busy:
+                continue  # decoupled: answers may take their time
+            begun_ns = self._begun_ns(running) or running.sent_ns
+            oldest_ns = min(oldest_ns or begun_ns, begun_ns)
+        return oldest_ns / 1e9 if oldest_ns else None
+
+    def _begun_ns(self, running: WorkerBatch) -> int:
+        place = running.slot * m.PROGRESS.size
+        batch_id, since_ns = m.PROGRESS.unpack(self.incoming.at(0, place, m.PROGRESS.size))
+        return int(since_ns) if batch_id == running.batch_id else 0
 
     # --- batches
 

@@ -41,6 +41,7 @@ class ProcessInstance:
         self.model = model
         self.worker: WorkerProcess | None = None
         self.instance_id = 0
+        self.slot = 0
         self.kind = ""
         self.idle = asyncio.Event()
         self.idle.set()
@@ -58,6 +59,7 @@ class ProcessInstance:
             model.version_text,
             model.joiner,
             self.instance_id,
+            self.slot,
             self.kind == "tensors",
             self._on_finished,
         )
@@ -155,6 +157,7 @@ class HostProcess:
         self._closing = False
         self._restarting: asyncio.Task[None] | None = None
         self.stopped_since_s: float | None = None
+        self.on_closed: Callable[[HostProcess], None] = lambda process: None
 
     @property
     def is_running(self) -> bool:
@@ -225,14 +228,14 @@ class HostProcess:
         instance.instance_id = worker.new_id()
         generative = tenant.model.generative_of(instance)
         worker.engine_events[instance.instance_id] = generative.on_events
-        slot = worker.take_slot()
+        instance.slot = worker.take_slot()
         placement = instance.placement
         instance.kind = await worker.call(
             lambda call_id: m.Create(
                 call_id,
                 tenant.model_id,
                 instance.instance_id,
-                slot,
+                instance.slot,
                 placement.name,
                 placement.device,
                 placement.group,
@@ -263,6 +266,7 @@ class HostProcess:
             self._closing = True
             if self.worker is not None:
                 self.worker.kill("was ended because its model had given up")
+            self.on_closed(self)
 
     async def close(self) -> None:
         self._closing = True
@@ -270,6 +274,7 @@ class HostProcess:
             self._restarting.cancel()
         if self.worker is not None:
             await self.worker.stop(STOP_GRACE_S)
+        self.on_closed(self)
 
     # --- what the worker says, and its end
 
