@@ -52,6 +52,8 @@ class HostOptions:
     default_hosts: Mapping[str, HostKind] = field(default_factory=dict)
     """By backend, where the config doesn't say."""
     simulated_gpu_bytes: Sequence[int] = ()
+    more_backends: Mapping[str, str] = field(default_factory=dict)
+    """`module:class` by name, beside those that are installed."""
 
 
 def host_options(options: ServerOptions) -> HostOptions:
@@ -133,7 +135,10 @@ class ModelHosts:
         return len(placements(with_explicit_groups(config, self.machine), self.machine)) == 1
 
     def _find(self, context: LoadContext) -> BackendSource:
-        return find_backend(implementation_of(context.config.backend), self.options.backend_directories)
+        name = implementation_of(context.config.backend)
+        if name in self.options.more_backends:
+            return BackendSource(name, self.options.more_backends[name])
+        return find_backend(name, self.options.backend_directories)
 
     async def load(self, context: LoadContext, on_health: Callable[[HostHealth], None]) -> HostedModel:
         source = self._find(context)

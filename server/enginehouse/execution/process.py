@@ -362,6 +362,8 @@ class WorkerProcess:
         self.alive = False
         how = self.child.reap()
         self._fail_everything(f"{self.what} {self._kill_reason or how}")
+        # Never used again: their memory goes when the answers that still view it have gone.
+        self.outgoing, self.incoming = WriterSlab(), ReaderSlab()
         self.ended.set_result(self._kill_reason or how)
         self.on_end(self, self._kill_reason or how)
 
