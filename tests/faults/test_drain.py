@@ -1,0 +1,85 @@
+"""SIGTERM: not ready first, then everything that was accepted is answered, then exit status 0."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc
+import tritonclient.http as http
+
+from enginehouse.testing.server import ServerProcess
+
+SLOW_MODEL = """
+import time
+import triton_python_backend_utils as pb_utils
+
+class TritonPythonModel:
+    @staticmethod
+    def auto_complete_config(config):
+        config.set_max_batch_size(0)
+        config.add_input({"name": "SECONDS", "data_type": "TYPE_FP32", "dims": [1]})
+        config.add_output({"name": "DONE", "data_type": "TYPE_FP32", "dims": [1]})
+        return config
+
+    def execute(self, requests):
+        answers = []
+        for request in requests:
+            seconds = pb_utils.get_input_tensor_by_name(request, "SECONDS").as_numpy()
+            time.sleep(float(seconds[0]))
+            answers.append(pb_utils.InferenceResponse([pb_utils.Tensor("DONE", seconds)]))
+        return answers
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    version = tmp_path / "models" / "slow" / "1"
+    version.mkdir(parents=True)
+    (version / "model.py").write_text(SLOW_MODEL)
+    (version.parent / "config.pbtxt").write_text('backend: "python"\ninstance_group [{ count: 4 kind: KIND_CPU }]\n')
+    return tmp_path / "models"
+
+
+def infer(client: object, package: object, seconds: float) -> float:
+    tensor = package.InferInput("SECONDS", [1], "FP32")  # type: ignore[attr-defined]
+    tensor.set_data_from_numpy(np.array([seconds], np.float32))
+    return float(client.infer("slow", [tensor]).as_numpy("DONE")[0])  # type: ignore[attr-defined]
+
+
+def test_requests_in_flight_and_in_the_queue_are_answered_and_the_exit_is_clean(repository: Path) -> None:
+    answered: list[float] = []
+    with ServerProcess([repository], ["--exit-timeout-secs=20"]) as server:
+
+        def ask(package: object, address: str) -> None:
+            client = package.InferenceServerClient(address)  # type: ignore[attr-defined]
+            answered.append(infer(client, package, 0.5))
+
+        # twelve requests for four instances: some run, some wait
+        askers = [threading.Thread(target=ask, args=(http, server.http)) for _ in range(6)]
+        askers += [threading.Thread(target=ask, args=(grpc, server.grpc)) for _ in range(6)]
+        for asker in askers:
+            asker.start()
+        time.sleep(0.3)
+        assert server.stop() == 0
+        for asker in askers:
+            asker.join()
+        assert len(answered) == len(askers)
+
+
+def test_the_server_says_not_ready_while_it_still_serves(repository: Path) -> None:
+    with ServerProcess([repository], ["--drain-delay-secs=1.5"]) as server:
+        client = http.InferenceServerClient(server.http)
+        assert client.is_server_ready()
+        assert server.process is not None
+        server.process.send_signal(signal.SIGTERM)
+        deadline_s = time.monotonic() + 5
+        while client.is_server_ready():
+            assert time.monotonic() < deadline_s, "still ready"
+            time.sleep(0.01)
+        assert infer(client, http, 0.0) == 0.0
+        assert server.process.wait(20) == 0
