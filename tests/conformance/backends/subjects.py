@@ -23,7 +23,8 @@ from enginehouse_backends.onnx_runtime import ELEMENT_TYPE_BY_DATATYPE, OnnxRunt
 from enginehouse_backends.python_model import PythonBackend
 from enginehouse_backends.pytorch import PyTorchBackend
 from enginehouse_backends.pytorch.instance import TORCH_BY_DATATYPE
-from tests.unit.backends import onnx_models, torch_models
+from enginehouse_backends.transformers_task import TransformersBackend
+from tests.unit.backends import hugging_face_folders, onnx_models, torch_models
 
 WIDTH = 4
 """Columns of the sample inputs."""
@@ -190,6 +191,33 @@ class TritonPythonModel:
 """
 
 
+class TransformersSubject(Subject):
+    name = "transformers"
+    artifact = "model.safetensors"
+    input_name = "text"
+    output_name = "embedding"
+    datatypes = (DataType.BYTES,)
+
+    def backend(self) -> Backend:
+        return TransformersBackend()
+
+    def build(self, folder: Path, datatype: DataType) -> str:
+        hugging_face_folders.write_bert(folder / "1", "BertModel")
+        return "max_batch_size: 64"
+
+    def build_heavy(self, folder: Path, num_bytes: int) -> str:
+        hugging_face_folders.write_bert(folder / "1", "BertModel", intermediate_size=num_bytes // 4 // 32 // 4 + 1)
+        return "max_batch_size: 64"
+
+    def sample(self, datatype: DataType, num_rows: int) -> Any:
+        texts = ["the cat", "", "a dog sits on the mat", "grün", "how long is bread baked in berlin " * 20]
+        rows = [[texts[row % len(texts)].encode()] for row in range(num_rows)]
+        return np.array(rows, dtype=object).reshape(num_rows, 1)
+
+    def expected(self, array: Any) -> Any:
+        return None
+
+
 class LinearSubject(Subject):
     """The example of docs/write-a-backend.md, as it stands there."""
 
@@ -238,5 +266,6 @@ SUBJECTS: list[Subject] = [
     OnnxSubject(),
     TorchScriptSubject(),
     TorchExportSubject(),
+    TransformersSubject(),
     LinearSubject(),
 ]
