@@ -532,7 +532,8 @@ class ModelServing(Message):
     def llm(self) -> ModelServing.Llm: ...
     reload_cost_s: float
     device_host: str
-    def __init__(self, *, host: int | str | None = ..., load: int | str | None = ..., residency: int | str | None = ..., idle_unload_s: float | None = ..., memory: ModelServing.Memory | None = ..., batching: ModelServing.Batching | None = ..., padding: Iterable[ModelServing.Padding] | None = ..., unpadding: Iterable[ModelServing.Unpadding] | None = ..., tenants: Iterable[ModelServing.Tenant] | None = ..., python: ModelServing.PythonEnvironment | None = ..., supervision: ModelServing.Supervision | None = ..., llm: ModelServing.Llm | None = ..., reload_cost_s: float | None = ..., device_host: str | None = ...) -> None: ...
+    no_derived_padding: bool
+    def __init__(self, *, host: int | str | None = ..., load: int | str | None = ..., residency: int | str | None = ..., idle_unload_s: float | None = ..., memory: ModelServing.Memory | None = ..., batching: ModelServing.Batching | None = ..., padding: Iterable[ModelServing.Padding] | None = ..., unpadding: Iterable[ModelServing.Unpadding] | None = ..., tenants: Iterable[ModelServing.Tenant] | None = ..., python: ModelServing.PythonEnvironment | None = ..., supervision: ModelServing.Supervision | None = ..., llm: ModelServing.Llm | None = ..., reload_cost_s: float | None = ..., device_host: str | None = ..., no_derived_padding: bool | None = ...) -> None: ...
 
 class ModelConfig(Message):
     name: str

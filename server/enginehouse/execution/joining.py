@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -146,25 +147,23 @@ def split_rows(output: Tensor, rows: Sequence[int]) -> list[Tensor]:
             f"the model's config says that the first dimension is the batch"
         )
     data = output.data.to_host() if isinstance(output.data, DeviceData) else output.data
-    bounds = _row_bounds(output, data, rows)
+    elements_per_row = math.prod(output.shape[1:])
+    sizes = element_sizes(output.datatype, data, [count * elements_per_row for count in rows])
+    bounds = list(accumulate(sizes, initial=0))
     return [
         Tensor(output.name, output.datatype, (count, *output.shape[1:]), data[start:stop])
         for count, start, stop in zip(rows, bounds, bounds[1:], strict=False)
     ]
 
 
-def _row_bounds(output: Tensor, data: memoryview, rows: Sequence[int]) -> list[int]:
-    """Byte offsets where each piece starts, and the end of the last."""
-    elements_per_row = math.prod(output.shape[1:])
-    bounds = [0]
-    if output.datatype is not DataType.BYTES:
-        row_bytes = elements_per_row * output.datatype.item_size
-        for count in rows:
-            bounds.append(bounds[-1] + count * row_bytes)
-        return bounds
-    offset = 0
-    for count in rows:
-        for _ in range(count * elements_per_row):
+def element_sizes(datatype: DataType, data: memoryview, counts: Sequence[int]) -> list[int]:
+    """How many bytes so many elements each have, one run after the other."""
+    if datatype is not DataType.BYTES:
+        return [count * datatype.item_size for count in counts]
+    sizes, offset = [], 0
+    for count in counts:
+        start = offset
+        for _ in range(count):
             offset += 4 + int.from_bytes(data[offset : offset + 4], "little")
-        bounds.append(offset)
-    return bounds
+        sizes.append(offset - start)
+    return sizes

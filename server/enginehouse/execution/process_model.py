@@ -11,7 +11,7 @@ from enginehouse.backend import LoadContext, Placement
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution import messages as m
 from enginehouse.execution.contract import HostHealth, HostState
-from enginehouse.execution.joining import Joiner
+from enginehouse.execution.joiners import joiner_of
 from enginehouse.execution.process_host import HostProcess, ProcessGenerative, ProcessInstance, Tenant
 from enginehouse.execution.supervision import CrashHistory, SupervisionPolicy
 
@@ -37,7 +37,7 @@ class ProcessHostedModel:
         self.version_text = str(context.version)
         self.source = source
         self.policy = policy
-        self.joiner = Joiner.of_config(context.config)
+        self.joiner = joiner_of(context.config)
         self.generative: ProcessGenerative | None = None
         self.tenants: list[tuple[HostProcess, Tenant]] = []
         self.on_closed: Callable[[], None] = lambda: None

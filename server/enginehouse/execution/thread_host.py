@@ -25,6 +25,7 @@ from enginehouse.backend import (
 )
 from enginehouse.execution.answering import RunningBatch
 from enginehouse.execution.contract import Batch, ExecutionTimes, HostHealth, HostState
+from enginehouse.execution.joiners import joiner_of
 from enginehouse.execution.joining import Joiner
 from enginehouse.execution.mailbox import Mailbox
 from enginehouse.execution.running import Outcome, as_error, run_requests, run_tensors, view_for_instance
@@ -249,7 +250,7 @@ async def load_in_threads(
         model = await loop.run_in_executor(None, backend.load, context)
     except Exception as problem:
         raise as_error(problem) from problem
-    hosted = ThreadHostedModel(context, model, mailbox, Joiner.of_config(context.config))
+    hosted = ThreadHostedModel(context, model, mailbox, joiner_of(context.config))
     try:
         await hosted.set_instances(placements)
     except BaseException:

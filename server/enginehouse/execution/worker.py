@@ -38,7 +38,7 @@ from enginehouse.errors import EnginehouseError
 from enginehouse.execution import messages as m
 from enginehouse.execution.backends import BackendSource
 from enginehouse.execution.contract import ExecutionTimes
-from enginehouse.execution.joining import Joiner
+from enginehouse.execution.joiners import joiner_of
 from enginehouse.execution.refs import request_of, response_ref, tensor_of, tensors_bytes, write_tensors
 from enginehouse.execution.running import Outcome, as_error, run_requests, run_tensors
 from enginehouse.execution.slab import NO_BLOCK
@@ -53,7 +53,7 @@ class LoadedModel:
     def __init__(self, model: Model, config: ModelConfig, services: ChannelServices) -> None:
         self.model = model
         self.name = config.name
-        self.joiner = Joiner.of_config(config)
+        self.joiner = joiner_of(config)
         self.decoupled = config.model_transaction_policy.decoupled
         self.services = services
 
