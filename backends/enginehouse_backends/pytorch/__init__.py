@@ -13,7 +13,7 @@ import torch
 
 from enginehouse.backend import Backend, HostKind, LoadContext, MemoryNeeds, Model, Placement, TensorInstance
 from enginehouse.config.schema import ModelConfig
-from enginehouse.errors import InvalidArgument
+from enginehouse.errors import InvalidArgument, NotFound
 from enginehouse.types import TensorSpec
 from enginehouse_backends.artifacts import artifact_path, total_bytes
 from enginehouse_backends.parameters import Parameters
@@ -24,6 +24,7 @@ from enginehouse_backends.pytorch.programs import (
     ClassProgram,
     Program,
     is_aot_inductor,
+    is_torchscript,
     load_program,
     read_exported_signature,
 )
@@ -49,7 +50,7 @@ class PyTorchBackend(Backend):
 
     def complete_config(self, context: LoadContext) -> ModelConfig:
         """Only `torch.export` writes shapes into its files; the other forms need a config."""
-        path = artifact_path(context, *FILENAMES)
+        path = program_path(context)
         if path.suffix != ".pt2" or is_aot_inductor(path):
             return context.config
         default_size = int(context.backend_options.get("default-max-batch-size", DEFAULT_MAX_BATCH_SIZE))
@@ -57,12 +58,25 @@ class PyTorchBackend(Backend):
         return complete_config(context.config, signature, default_size)
 
     def memory_needs(self, context: LoadContext) -> MemoryNeeds:
-        path = artifact_path(context, *FILENAMES)
+        path = program_path(context)
         weights = [path.with_name(name) for name in WEIGHT_FILENAMES] if path.suffix == ".py" else [path]
         return MemoryNeeds(weights_bytes=total_bytes(*weights))
 
     def load(self, context: LoadContext) -> Model:
         return PyTorchModel(context)
+
+
+def program_path(context: LoadContext, compute_capability: str = "") -> Path:
+    """The file that holds the program: model.py, where the artifact is the weights of its class."""
+    source = context.version_directory / "model.py"
+    if not source.is_file():
+        return artifact_path(context, *FILENAMES, compute_capability=compute_capability)
+    try:
+        path = artifact_path(context, *FILENAMES, compute_capability=compute_capability)
+    except NotFound:
+        return source
+    holds_program = path.suffix in (".py", ".pt2") or (path.suffix == ".pt" and is_torchscript(path))
+    return path if holds_program else source
 
 
 def in_config_names(config: ModelConfig, signature: Signature) -> Signature:
@@ -93,7 +107,7 @@ class PyTorchModel(Model):
 
     def __init__(self, context: LoadContext) -> None:
         self.context = context
-        self.path = artifact_path(context, *FILENAMES)
+        self.path = program_path(context)
         self.parameters = Parameters(context.config)
         self._lock = threading.Lock()  # guards _spare and _program_by_device while instances are made
         self._program_by_device: dict[str, Program] = {}
@@ -128,7 +142,7 @@ class PyTorchModel(Model):
         path = self.path
         if device.startswith("cuda"):
             major, minor = torch.cuda.get_device_capability(device)
-            path = artifact_path(self.context, *FILENAMES, compute_capability=f"{major}.{minor}")
+            path = program_path(self.context, f"{major}.{minor}")
         program = load_program(path, device, self.parameters.values.get("MODEL_CLASS_NAME", ""))
         if isinstance(program, ClassProgram) and COMPILE_OPTIONS in self.parameters.values:
             program.compile(self.parameters.values[COMPILE_OPTIONS])

@@ -97,8 +97,8 @@ def read_folder(context: LoadContext) -> Folder:
     config = read_json(path / "config.json")
     if not list(path.glob(WEIGHT_PATTERN)):
         raise NotFound(
-            f"{path} has no model.safetensors or other {WEIGHT_PATTERN}; weights in other formats are not read, because "
-            f"unpickling runs code"
+            f"{path} has no model.safetensors or other {WEIGHT_PATTERN}; weights in other formats are not read: "
+            f"unpickling them runs code"
         )
     task = task_of(context, path, config)
     check_preprocessing(path, task)

@@ -169,6 +169,14 @@ def test_class_in_model_py_gets_the_weights_beside_it(tmp_path: Path, save: Any,
     torch.testing.assert_close(torch.tensor(result), torch.relu(linear(x)).detach())
 
 
+@pytest.mark.parametrize("filename", ["model.pt", "model.safetensors"])
+def test_class_is_found_when_the_config_names_only_the_weights(tmp_path: Path, filename: str) -> None:
+    save = save_file if filename.endswith("safetensors") else save_torch
+    torch_models.save_class(tmp_path / "1", save, filename)
+    text = 'default_model_filename: "model.pt" ' + entry("input", "x") + entry("output", "y", "[2]")
+    assert instance_of(tmp_path, text).run(tensors(x=floats(1, 2, 3, 4)), [])["y"].shape == (1, 2)
+
+
 def test_several_classes_must_be_told_apart(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     source = "import torch\n" + "".join(
