@@ -125,11 +125,12 @@ class Core:
         """Raises Unavailable where the control mode forbids it."""
         self._check_control()
         override = Override(config, files or {}) if config is not None or files else None
-        await self._lifecycle.load(name, override)
+        # A client that goes away must not leave a model half loaded.
+        await asyncio.shield(self._lifecycle.load(name, override))
 
     async def unload(self, name: str, unload_dependents: bool = False) -> None:
         self._check_control()
-        await self._lifecycle.unload(name, unload_dependents)
+        await asyncio.shield(self._lifecycle.unload(name, unload_dependents))
 
     def statistics(self, name: str = "", version: str = "") -> list[Any]:
         """inference.ModelStatistics messages. Raises InvalidArgument if there is no such ready model."""

@@ -10,114 +10,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
-from enginehouse.config.schema import ModelConfig, ModelServing
+from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError, Internal, InvalidArgument
 from enginehouse.execution.ledger import InsufficientMemory
-from enginehouse.execution.residency import Residency, Resident, choose_victims, outstayed
+from enginehouse.execution.residency import Resident, choose_victims, outstayed
 from enginehouse.repository.agents import Event
+from enginehouse.repository.contract import ModelSource, VersionBuilder
 from enginehouse.repository.definition import ModelDefinition, Override, PollError
+from enginehouse.repository.load_plan import Loaded, plan_load
 from enginehouse.repository.registry import UNLOADED, Registry, ServedVersion, VersionState
+from enginehouse.repository.residents import residents
 
 logger = logging.getLogger("enginehouse.repository")
 
 MAX_EVICTION_ROUNDS = 100
 """Others may book what was just freed; after so many lost races the refusal stands."""
-_RESIDENCY = {
-    ModelServing.RESIDENCY_AUTO: Residency.AUTO,
-    ModelServing.RESIDENCY_PINNED: Residency.PINNED,
-    ModelServing.RESIDENCY_TTL: Residency.TTL,
-}
-
-
-class ModelSource(Protocol):
-    """Where definitions come from. Blocking: called in a thread."""
-
-    def names(self) -> list[str]:
-        """Models that the repositories hold now."""
-        ...
-
-    def poll(self, name: str, override: Override | None) -> ModelDefinition:
-        """Raises PollError for a model that can't be found or read."""
-        ...
-
-    def forget_override(self, name: str) -> None:
-        """The next poll without an override reads the model's own config again."""
-        ...
-
-
-class VersionBuilder(Protocol):
-    """Makes a version ready and takes it down again."""
-
-    async def build(self, definition: ModelDefinition, version: int) -> ServedVersion: ...
-    async def retire(self, served: ServedVersion) -> None:
-        """Waits for what is in flight, then gives everything back."""
-        ...
-
-    async def set_instances(self, served: ServedVersion, config: ModelConfig) -> None: ...
-    def check_ensemble(self, config: ModelConfig) -> None:
-        """Raises InvalidArgument for steps that don't fit the loaded members."""
-        ...
-
-    def bytes_of(self, name: str) -> Mapping[str, int]:
-        """What the model holds, by device."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class LoadPlan:
-    """What a load has to do. `resize`: only instance counts changed, so nothing is loaded anew."""
-
-    build: Sequence[int]
-    retire: Sequence[int]
-    resize: bool = False
-
-
-@dataclass(slots=True)
-class _Loaded:
-    """What serves now, to tell whether a later definition differs."""
-
-    definition: ModelDefinition
-    versions: dict[int, str]
-    explicit: bool
-    load_s: float = 0.0
-    """How long it took: what its return would cost."""
-
-
-def plan_load(definition: ModelDefinition, current: _Loaded | None, ready: Iterable[int]) -> LoadPlan:
-    """Compares the definition with what serves. An empty plan means that nothing changed."""
-    ready = set(ready)
-    gone = sorted(ready - set(definition.versions))
-    if current is None:
-        return LoadPlan(list(definition.versions), gone)
-    same_files = all(
-        current.versions.get(version) == definition.fingerprints[version] for version in definition.versions
-    )
-    same_place = current.definition.place == definition.place
-    if current.definition.config == definition.config and same_place:
-        changed = [
-            version
-            for version in definition.versions
-            if version not in ready or current.versions.get(version) != definition.fingerprints[version]
-        ]
-        return LoadPlan(changed, gone)
-    unchanged = same_place and same_files and ready == set(definition.versions)
-    if unchanged and _differs_in_counts_only(current.definition.config, definition.config):
-        return LoadPlan((), (), resize=True)
-    return LoadPlan(list(definition.versions), gone)
-
-
-def _differs_in_counts_only(old: ModelConfig, new: ModelConfig) -> bool:
-    copies = []
-    for config in (old, new):
-        copy = ModelConfig()
-        copy.CopyFrom(config)
-        copy.ClearField("instance_group")
-        copies.append(copy)
-    return copies[0] == copies[1] and not new.HasField("sequence_batching")
 
 
 class Lifecycle:
@@ -140,7 +49,7 @@ class Lifecycle:
         self._on_change = on_change
         self._slots = asyncio.Semaphore(max(num_parallel_loads, 1))
         self._locks: dict[str, asyncio.Lock] = {}
-        self._loaded: dict[str, _Loaded] = {}
+        self._loaded: dict[str, Loaded] = {}
         self._failed: dict[str, ModelDefinition] = {}
         self._suspended: dict[str, bool] = {}
         """Ensembles that went with a member and come back with it; whether they were loaded by name."""
@@ -314,7 +223,7 @@ class Lifecycle:
             await _tell_agents(definition, Event.LOADED)
         for version in plan.retire:
             self._retire_version(name, ready[version])
-        self._loaded[name] = _Loaded(
+        self._loaded[name] = Loaded(
             definition,
             dict(definition.fingerprints),
             explicit or (current is not None and current.explicit),
@@ -414,25 +323,9 @@ class Lifecycle:
         await asyncio.wait(set(self._retiring[name]))
 
     def _residents(self) -> list[Resident]:
-        now_ns = time.monotonic_ns()
-        residents = []
-        for name, loaded in self._loaded.items():
-            ready = self.registry.ready_versions(name)
-            if not ready or loaded.definition.config.HasField("ensemble_scheduling"):
-                continue
-            serving = loaded.definition.config.serving
-            residents.append(
-                Resident(
-                    name,
-                    _RESIDENCY[serving.residency],
-                    self._builder.bytes_of(name),
-                    (now_ns - max(served.last_used_ns for served in ready)) / 1e9,
-                    loaded.load_s,
-                    any(served.scheduler is not None and served.scheduler.num_in_flight for served in ready),
-                    serving.idle_unload_s,
-                )
-            )
-        return residents
+        """Without those that are being loaded anew: their memory is spoken for."""
+        resting = {name: one for name, one in self._loaded.items() if not self._lock(name).locked()}
+        return residents(resting, self.registry, self._builder.bytes_of, time.monotonic_ns())
 
     def _any_retiring(self, name: str) -> bool:
         return any(tasks for other, tasks in self._retiring.items() if other != name)
