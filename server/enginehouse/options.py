@@ -107,23 +107,17 @@ class ServerOptions:
     repository_settle_ms: int = _repository(
         1000, count, "A folder that changed is loaded when nothing in it changed for so long."
     )
-    load_model: tuple[str, ...] = _repository(
-        (), text, "With mode explicit: model to load at start; * means all."
-    )
+    load_model: tuple[str, ...] = _repository((), text, "With mode explicit: model to load at start; * means all.")
     disable_auto_complete_config: bool = _repository(
         False, boolean, "Take configs as they are written; complete nothing."
     )
     strict_model_config: bool | None = _repository(
         None, boolean, "Require complete configs.", deprecated="--disable-auto-complete-config"
     )
-    model_config_name: str = _repository(
-        "", text, "Prefer configs/<name>.pbtxt of each model over its config.pbtxt."
-    )
+    model_config_name: str = _repository("", text, "Prefer configs/<name>.pbtxt of each model over its config.pbtxt.")
     model_load_thread_count: int = _repository(4, count, "Models that load at the same time.")
     model_load_retry_count: int = _repository(0, count, "Further tries when a model fails to load.")
-    model_namespacing: bool = _repository(
-        False, boolean, "Allow models of the same name in different repositories."
-    )
+    model_namespacing: bool = _repository(False, boolean, "Allow models of the same name in different repositories.")
     repoagent_directory: str = _repository("", text, "Folder of repository agents (<name>/agent.py).")
     download_directory: str = _repository(
         "", text, "Where remote repositories are kept; default: a folder in the user's cache."
@@ -135,9 +129,7 @@ class ServerOptions:
     reuse_http_port: bool = _http(False, boolean, "Set SO_REUSEPORT.")
     http_header_forward_pattern: str = _http("", pattern, "Headers that match become request parameters.")
     http_thread_count: int = _http(8, count, _UNUSED + "One event loop serves all connections.")
-    http_max_input_size: int = _http(
-        67108864, count, "Largest request body in bytes, also after decompression."
-    )
+    http_max_input_size: int = _http(67108864, count, "Largest request body in bytes, also after decompression.")
     http_restricted_api: tuple[RestrictedGroup, ...] = _http(
         (), option_values.restricted("http-restricted-api", "api"), "These APIs answer only with the header."
     )
@@ -171,9 +163,7 @@ class ServerOptions:
     )
     grpc_http2_max_ping_strikes: int = _grpc(2, integer, "Bad pings before the connection is closed.")
     grpc_max_connection_age: int = _grpc(0, count, "Milliseconds a connection may live; 0 is forever.")
-    grpc_max_connection_age_grace: int = _grpc(
-        0, count, "Milliseconds for the calls of a connection that is too old."
-    )
+    grpc_max_connection_age_grace: int = _grpc(0, count, "Milliseconds for the calls of a connection that is too old.")
     grpc_restricted_protocol: tuple[RestrictedGroup, ...] = _grpc(
         (),
         option_values.restricted("grpc-restricted-protocol", "protocol"),
@@ -246,9 +236,7 @@ class ServerOptions:
         "local,size=<bytes>; redis,host=; redis,port=; …",
     )
     cache_directory: str = _cache("", text, "Folder of response caches of your own (<name>/cache.py).")
-    response_cache_byte_size: int | None = _cache(
-        None, count, "Bytes of the local cache.", deprecated="--cache-config"
-    )
+    response_cache_byte_size: int | None = _cache(None, count, "Bytes of the local cache.", deprecated="--cache-config")
     rate_limit: RateLimitMode = _cache(
         RateLimitMode.OFF,
         option_values.choice(RateLimitMode, "rate-limit"),
@@ -278,9 +266,7 @@ class ServerOptions:
     memory_limit: tuple[MemoryLimit, ...] = _memory(
         (), option_values.memory_limit, "What the ledger may hand out: cpu=8GiB, cuda:0=90%."
     )
-    allow_cpu_fallback: bool = _memory(
-        False, boolean, "Place KIND_GPU instances on the CPU where there is no GPU."
-    )
+    allow_cpu_fallback: bool = _memory(False, boolean, "Place KIND_GPU instances on the CPU where there is no GPU.")
     simulated_device: tuple[int, ...] = _memory(
         (), byte_size, "A pretended GPU of so many bytes, for tests of placement."
     )
@@ -307,9 +293,7 @@ class ServerOptions:
         "Where instances of a backend live: <backend>=thread|process|device.",
     )
     host_start_timeout_secs: float = _hosts(300.0, number, "Seconds for a host process to start and load.")
-    host_heartbeat_timeout_secs: float = _hosts(
-        30.0, number, "Seconds of silence before a host counts as stuck."
-    )
+    host_heartbeat_timeout_secs: float = _hosts(30.0, number, "Seconds of silence before a host counts as stuck.")
     host_restart_limit: int = _hosts(5, count, "Restarts of a host within the window before it is given up.")
     host_restart_window_secs: float = _hosts(300.0, number, "The window of --host-restart-limit.")
     warnings: tuple[str, ...] = ()
@@ -355,7 +339,10 @@ def usage() -> str:
 def parse_options(argv: Sequence[str], environment: Mapping[str, str] | None = None) -> ServerOptions:
     """Raises OptionError with a text for stderr, HelpRequested for -h. `argv` lacks the program's name."""
     environment = os.environ if environment is None else environment
-    parsed = option_parsing.parse(ServerOptions, argv, environment)
+    try:
+        parsed = option_parsing.parse(ServerOptions, argv, environment)
+    except HelpRequested:
+        raise HelpRequested(usage()) from None
     values = {**_cloud_defaults(environment), **parsed.values}
     options = ServerOptions(**values, warnings=parsed.warnings)
     _check(options)
@@ -412,8 +399,7 @@ def _check_ports(options: ServerOptions) -> None:
         for other, other_address in taken.get(number_, []):
             if address == other_address or "0.0.0.0" in (address, other_address):
                 raise OptionError(
-                    f"The server cannot listen to {other} requests and {name} requests at the same port "
-                    f"{number_}"
+                    f"The server cannot listen to {other} requests and {name} requests at the same port {number_}"
                 )
         taken.setdefault(number_, []).append((name, address))
 
