@@ -278,7 +278,9 @@ class ServerOptions:
 
     allow_openai: bool = _openai(True, boolean, "Serve the OpenAI API.")
     openai_address: str = _openai("", text, "Address to listen on; that of HTTP if not given.")
-    openai_port: int = _openai(9000, port, "Port to listen on.")
+    openai_port: int | None = _openai(
+        None, port, "Port of its own; without it the API is served beside the others on HTTP's port."
+    )
     openai_restricted_api: tuple[str, ...] = _openai((), text, "These APIs answer only with the header.")
     default_max_tokens: int = _openai(16, count, "Tokens of a completion that sets no limit.")
     tool_call_parser: str = _openai(
@@ -390,7 +392,7 @@ def _check_ports(options: ServerOptions) -> None:
         ("metrics", options.allow_metrics, options.metrics_host, options.metrics_port),
         ("SageMaker", options.allow_sagemaker, options.http_address, options.sagemaker_port),
         ("Vertex AI", options.allow_vertex_ai, options.http_address, options.vertex_ai_port),
-        ("OpenAI", options.allow_openai, options.openai_host, options.openai_port),
+        ("OpenAI", options.allow_openai, options.openai_host, options.openai_port or 0),
     ]
     taken: dict[int, list[tuple[str, str]]] = {}
     for name, allowed, address, number_ in front_ends:

@@ -65,7 +65,36 @@ class HttpStream:
     on_sent: Callable[[], None] | None = None
 
 
-Reply: TypeAlias = HttpResponse | HttpStream
+class Channel(Protocol):
+    """Where an answer that is pushed goes. Nothing here waits."""
+
+    @property
+    def num_waiting_bytes(self) -> int:
+        """What the client has not taken yet."""
+        ...
+
+    def send(self, data: bytes) -> None: ...
+    def close(self) -> None:
+        """The answer is complete."""
+        ...
+
+
+@dataclass(slots=True)
+class HttpPush:
+    """An answer whose parts come from callbacks: no task is woken for each of them.
+
+    `begin` is called when the head is written, `on_gone` if the client leaves before the channel is closed.
+    """
+
+    status: int
+    content_type: str
+    begin: Callable[[Channel], None]
+    on_gone: Callable[[], None]
+    headers: Sequence[tuple[str, str]] = ()
+    on_sent: Callable[[], None] | None = None
+
+
+Reply: TypeAlias = HttpResponse | HttpStream | HttpPush
 HttpHandler: TypeAlias = Callable[[HttpRequest], Awaitable[Reply]]
 
 

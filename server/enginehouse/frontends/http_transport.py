@@ -19,6 +19,7 @@ from enginehouse.frontends.compression import too_large
 from enginehouse.frontends.http1 import MAX_CHUNKS, BadRequest, Parser, Request
 from enginehouse.frontends.http_message import (
     Buffer,
+    HttpPush,
     HttpRequest,
     HttpResponse,
     HttpStream,
@@ -27,6 +28,7 @@ from enginehouse.frontends.http_message import (
 )
 
 Handle: TypeAlias = Callable[[HttpRequest], Awaitable[Reply]]
+RefuseLarge: TypeAlias = Callable[[Request, int], HttpResponse]
 
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n" for s in HTTPStatus}
 _SCRATCH_BYTES = 65536
@@ -50,14 +52,19 @@ class HttpServer:
         *,
         max_body_bytes: int = 0,
         reuse_port: bool = False,
+        refuse_large: RefuseLarge | None = None,
     ) -> None:
-        """`name` is for messages; `max_body_bytes` 0 is no limit; port 0 asks for a free one."""
+        """`name` is for messages; `max_body_bytes` 0 is no limit; port 0 asks for a free one.
+
+        `refuse_large` makes the answer to a body that is over the limit.
+        """
         self.handle = handle
         self._name = name
         self._address = address
         self.port = port
         self.max_body_bytes = max_body_bytes
         self._reuse_port = reuse_port
+        self._refuse_large = refuse_large or _refuse_large
         self.connections: set[_Connection] = set()
         self._listener: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
@@ -96,6 +103,16 @@ class HttpServer:
             await asyncio.wait(tasks, timeout=grace_s)
         for connection in list(self.connections):
             connection.abort()
+
+    def refusal(self, request: Request) -> HttpResponse | None:
+        """The answer to a request whose body was thrown away."""
+        if request.too_large:
+            return self._refuse_large(request, self.max_body_bytes)
+        if request.too_many_chunks:
+            return error_response(
+                InvalidArgument(f"Chunked request body exceeds maximum of {MAX_CHUNKS} non-empty chunks")
+            )
+        return None
 
     def _close_stalled(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
@@ -228,7 +245,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     async def _serve(self, request: Request) -> None:
         try:
-            reply: Reply | None = _refusal(request, self._server.max_body_bytes)
+            reply: Reply | None = self._server.refusal(request)
             if reply is None:
                 reply = await self._server.handle(
                     HttpRequest(
@@ -261,6 +278,9 @@ class _Connection(asyncio.BufferedProtocol):
         last = (self._close_after and not self._waiting) or self._server.stopping
         if isinstance(reply, HttpStream):
             await self._write_stream(transport, request, reply, last)
+            return
+        if isinstance(reply, HttpPush):
+            await self._push(transport, request, reply, last)
             return
         size = 0
         for part in reply.body:
@@ -300,18 +320,47 @@ class _Connection(asyncio.BufferedProtocol):
             if close is not None:
                 await close()
 
+    async def _push(self, transport: asyncio.Transport, request: Request, reply: HttpPush, last: bool) -> None:
+        old = request.minor_version == 0
+        self._close_after = self._close_after or old
+        framing = "" if old else "Transfer-Encoding: chunked\r\n"
+        transport.write(_head(reply, framing, request, last or old))
+        channel = _Channel(transport, self._loop, chunked=not old)
+        reply.begin(channel)
+        try:
+            await channel.closed
+        except asyncio.CancelledError:
+            reply.on_gone()
+            raise
 
-def _refusal(request: Request, max_body_bytes: int) -> HttpResponse | None:
-    if request.too_large:
-        has_tail = request.headers.get("inference-header-content-length") is not None
-        what = "request body size of" if has_tail else "request JSON size of"
-        return error_response(too_large(request.body_bytes, max_body_bytes, what))
-    if request.too_many_chunks:
-        return error_response(InvalidArgument(f"Chunked request body exceeds maximum of {MAX_CHUNKS} non-empty chunks"))
-    return None
+
+class _Channel:
+    """http_message.Channel over a transport."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, *, chunked: bool) -> None:
+        self._transport = transport
+        self._chunked = chunked
+        self.closed: asyncio.Future[None] = loop.create_future()
+
+    @property
+    def num_waiting_bytes(self) -> int:
+        return self._transport.get_write_buffer_size()
+
+    def send(self, data: bytes) -> None:
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    def close(self) -> None:
+        if not self.closed.done():
+            if self._chunked:
+                self._transport.write(b"0\r\n\r\n")
+            self.closed.set_result(None)
 
 
-def _head(reply: HttpResponse | HttpStream, framing: str, request: Request, last: bool) -> bytes:
+def _refuse_large(request: Request, max_body_bytes: int) -> HttpResponse:
+    return error_response(too_large(request.body_bytes, max_body_bytes, "request JSON size of"))
+
+
+def _head(reply: Reply, framing: str, request: Request, last: bool) -> bytes:
     text = _STATUS_LINES.get(reply.status) or f"HTTP/1.1 {reply.status} \r\n"
     text += framing
     if reply.content_type:

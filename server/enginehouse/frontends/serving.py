@@ -16,8 +16,9 @@ from enginehouse.frontends.http_transport import HttpServer
 from enginehouse.frontends.kserve_grpc.health import HealthMethods
 from enginehouse.frontends.kserve_grpc.methods import v2_methods
 from enginehouse.frontends.kserve_grpc.reflection import SERVICES, reflection_pool
-from enginehouse.frontends.kserve_http.front_end import v2_router
+from enginehouse.frontends.kserve_http.front_end import v2_routes
 from enginehouse.frontends.kserve_http.infer import JSON_ALLOWANCE
+from enginehouse.frontends.openai.front_end import OpenAIFrontEnd, refuse_large
 from enginehouse.frontends.restricted_apis import RestrictedApis
 from enginehouse.frontends.shared_memory.regions import Regions
 from enginehouse.options import ServerOptions
@@ -45,7 +46,10 @@ def make_regions(options: ServerOptions) -> Regions:
 
 
 def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:
-    router = v2_router(core, options, regions)
+    routes = v2_routes(core, options, regions)
+    if options.allow_openai and options.openai_port is None:
+        routes += OpenAIFrontEnd(core, options).routes()
+    router = Router(routes, RestrictedApis(options.http_restricted_api))
     return HttpServer(
         router.handle,
         "HTTP",
@@ -53,6 +57,20 @@ def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd
         options.http_port,
         max_body_bytes=JSON_ALLOWANCE * options.http_max_input_size,
         reuse_port=options.reuse_http_port,
+        refuse_large=refuse_large,
+    )
+
+
+def serve_openai(core: Core, options: ServerOptions, port: int) -> FrontEnd:
+    """On a port of its own."""
+    routes = [*OpenAIFrontEnd(core, options).routes(), metrics_route(core)]
+    return HttpServer(
+        Router(routes, RestrictedApis(())).handle,
+        "OpenAI",
+        options.openai_host,
+        port,
+        max_body_bytes=options.http_max_input_size,
+        refuse_large=refuse_large,
     )
 
 
@@ -61,18 +79,19 @@ def serve_grpc(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd
     return GrpcioServer(methods, options, SERVICES, reflection_pool())
 
 
-def serve_metrics(core: Core, options: ServerOptions) -> FrontEnd:
+def metrics_route(core: Core) -> Route:
     async def metrics(http: HttpRequest, parts: PathParts) -> Reply:
         text: bytes = await core.metrics.scrape()
         return HttpResponse(200, METRICS_TYPE, (text,))
 
+    return Route("/metrics", ("GET",), None, metrics, not_allowed_type=TEXT)
+
+
+def serve_metrics(core: Core, options: ServerOptions) -> FrontEnd:
     async def nothing(http: HttpRequest, parts: PathParts) -> Reply:
         return HttpResponse(200, METRICS_TYPE)  # as Triton answers any other path here
 
-    routes = [
-        Route("/metrics", ("GET",), None, metrics, not_allowed_type=TEXT),
-        Route(".*", ("GET",), None, nothing, not_allowed_type=TEXT),
-    ]
+    routes = [metrics_route(core), Route(".*", ("GET",), None, nothing, not_allowed_type=TEXT)]
     router = Router(routes, RestrictedApis(()))
     return HttpServer(router.handle, "Metrics", options.metrics_host, options.metrics_port)
 
@@ -85,6 +104,8 @@ def front_ends(core: Core, options: ServerOptions) -> list[FrontEnd]:
         chosen.append(serve_grpc(core, options, regions))
     if options.allow_http:
         chosen.append(serve_http(core, options, regions))
+    if options.allow_openai and options.openai_port is not None:
+        chosen.append(serve_openai(core, options, options.openai_port))
     if options.allow_metrics:
         chosen.append(serve_metrics(core, options))
     return chosen

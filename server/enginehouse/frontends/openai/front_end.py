@@ -1,0 +1,180 @@
+"""The table of routes of the OpenAI API, and what surrounds the two that generate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+
+from enginehouse.core import Core, ServedVersion
+from enginehouse.errors import EnginehouseError
+from enginehouse.frontends.compression import too_large
+from enginehouse.frontends.http1 import Request
+from enginehouse.frontends.http_message import NOT_FOUND, HttpRequest, HttpResponse, Reply, error_response
+from enginehouse.frontends.http_routes import PathParts, Route, RouteHandler
+from enginehouse.frontends.openai.errors import BadField, error_reply, named_error
+from enginehouse.frontends.openai.generation import run
+from enginehouse.frontends.openai.handlers import GenerationHandlers, chat_prompt, model_of
+from enginehouse.frontends.openai.requests import ChatRequest, DetokenizeRequest, TokenizeRequest, decode
+from enginehouse.frontends.openai.restricted import RestrictedOpenAIApis
+from enginehouse.frontends.wire_errors import as_wire_error
+from enginehouse.options import ServerOptions
+from enginehouse.types import ChatPrompt, GenerateRequest, GenerateTask
+
+GET, POST = ("GET",), ("POST",)
+OWNER = "Triton Inference Server"
+"""What clients of Triton's OpenAI front end find in a model's `owned_by`."""
+
+
+class OpenAIFrontEnd:
+    def __init__(self, core: Core, options: ServerOptions) -> None:
+        self._core = core
+        self._created = int(time.time())
+        self._generation = GenerationHandlers(core, options)
+        self._restricted = RestrictedOpenAIApis(options.openai_restricted_api)
+        self._num_asked = 0
+
+    def routes(self) -> list[Route]:
+        generation = self._generation
+        return [
+            Route("/v1/completions", POST, None, self._guarded(generation.completions)),
+            Route("/v1/chat/completions", POST, None, self._guarded(generation.chat)),
+            Route("/v1/models", GET, None, self._list_models),
+            Route("/v1/models/(?P<model>.+)/load", POST, None, self._load),
+            Route("/v1/models/(?P<model>.+)/unload", POST, None, self._unload),
+            Route("/v1/models/(?P<model>.+)", GET, None, self._show_model),
+            Route("/tokenize", POST, None, self._guarded(self._tokenize)),
+            Route("/detokenize", POST, None, self._guarded(self._detokenize)),
+            Route("/health(?:/ready)?", GET, None, self._health),
+            Route("/ping", GET + POST, None, self._health),
+            Route("/version", GET, None, self._version),
+        ]
+
+    def _guarded(self, handler: Callable[[HttpRequest], Awaitable[Reply]]) -> RouteHandler:
+        """Errors in this API's shape; and no route at all where there is no language model."""
+
+        async def handle(http: HttpRequest, parts: PathParts) -> Reply:
+            if not self._has_models():
+                return NOT_FOUND
+            if (refused := self._refused("inference", http)) is not None:
+                return refused
+            try:
+                return await handler(http)
+            except EnginehouseError as error:
+                return error_reply(error)
+            except Exception as error:
+                return error_reply(as_wire_error(error))
+
+        return handle
+
+    def _refused(self, group: str, http: HttpRequest) -> Reply | None:
+        header = self._restricted.missing_header(group, http.headers.get)
+        return None if header is None else _detail(401, f"This API is restricted, expecting header '{header}'")
+
+    def _models(self) -> dict[str, ServedVersion]:
+        return {served.name: served for served in self._core.registry.all_ready() if served.generative}
+
+    def _has_models(self) -> bool:
+        return any(served.generative for served in self._core.registry.all_ready())
+
+    # --- models
+
+    async def _list_models(self, http: HttpRequest, parts: PathParts) -> Reply:
+        models = self._models()
+        if not models:
+            return NOT_FOUND
+        return _json({"object": "list", "data": [self._describe(served) for served in models.values()]})
+
+    async def _show_model(self, http: HttpRequest, parts: PathParts) -> Reply:
+        served = self._models().get(parts["model"])
+        return NOT_FOUND if served is None else _json(self._describe(served))
+
+    def _describe(self, served: ServedVersion) -> dict[str, Any]:
+        return {"id": served.name, "object": "model", "created": self._created, "owned_by": OWNER}
+
+    async def _load(self, http: HttpRequest, parts: PathParts) -> Reply:
+        return self._refused("model-repository", http) or await self._control(self._core.load(parts["model"]))
+
+    async def _unload(self, http: HttpRequest, parts: PathParts) -> Reply:
+        if (refused := self._refused("model-repository", http)) is not None:
+            return refused
+        if not any(entry.name == parts["model"] for entry in self._core.index()):
+            return _detail(400, f"unknown model '{parts['model']}'")
+        return await self._control(self._core.unload(parts["model"]))
+
+    async def _control(self, change: Awaitable[None]) -> Reply:
+        try:
+            await change
+        except EnginehouseError as error:
+            return _detail(400, f"unknown model: {error}" if "failed to poll" in str(error) else str(error))
+        return HttpResponse(200)
+
+    # --- text and tokens
+
+    async def _tokenize(self, http: HttpRequest) -> Reply:
+        body = decode(http.body, TokenizeRequest)
+        served = await model_of(self._core, body.model)
+        prompt: str | ChatPrompt
+        if body.messages is not None:
+            chat = ChatRequest(
+                messages=body.messages,
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+            )
+            prompt = chat_prompt(chat, "")
+        elif body.prompt is not None:
+            prompt = body.prompt
+        else:
+            raise BadField("prompt", "is missing, and so is messages")
+        add_special = body.add_special_tokens is not False and body.messages is None
+        event = await self._ask(served, prompt, GenerateTask.TOKENIZE, add_special)
+        tokens = list(event.prompt_token_ids or ())
+        return _json({"count": len(tokens), "tokens": tokens, "prompt": event.prompt_text})
+
+    async def _detokenize(self, http: HttpRequest) -> Reply:
+        body = decode(http.body, DetokenizeRequest)
+        served = await model_of(self._core, body.model)
+        event = await self._ask(served, body.tokens, GenerateTask.DETOKENIZE, False)
+        return _json({"prompt": event.text})
+
+    async def _ask(
+        self, served: ServedVersion, prompt: str | list[int] | ChatPrompt, task: GenerateTask, add_special: bool
+    ) -> Any:
+        self._num_asked += 1
+        request = GenerateRequest(
+            served.name,
+            f"{task.value}-{self._num_asked}",
+            prompt,
+            task=task,
+            return_prompt=True,
+            add_special_tokens=add_special,
+        )
+        [event] = await run(self._core, [request])
+        return event
+
+    # --- the server
+
+    async def _health(self, http: HttpRequest, parts: PathParts) -> Reply:
+        return HttpResponse(200 if self._core.is_ready() else 503)
+
+    async def _version(self, http: HttpRequest, parts: PathParts) -> Reply:
+        return _json({"version": self._core.server_version})
+
+
+def refuse_large(request: Request, max_body_bytes: int) -> HttpResponse:
+    """As this API's clients expect it, on its own paths; else as on all others."""
+    if not request.path.startswith("/v1/"):
+        what = "request JSON size of"
+        return error_response(too_large(request.body_bytes, max_body_bytes, what))
+    text = f"Request content size exceeds the maximum allowed input size of {max_body_bytes} bytes. "
+    return named_error(413, "content_too_large", text + "Use --http-max-input-size to increase the limit.")
+
+
+def _json(document: Any) -> HttpResponse:
+    return HttpResponse(200, body=(orjson.dumps(document),))
+
+
+def _detail(status: int, text: str) -> HttpResponse:
+    return HttpResponse(status, body=(orjson.dumps({"detail": text}),))
