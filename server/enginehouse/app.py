@@ -18,7 +18,7 @@ from pathlib import Path
 from enginehouse import __version__
 from enginehouse.core import Core
 from enginehouse.errors import EnginehouseError
-from enginehouse.execution.hosts import HostOptions, ModelHosts
+from enginehouse.execution.hosts import ModelHosts, host_options
 from enginehouse.frontends.serving import FrontEnd, front_ends
 from enginehouse.observe.hosting_families import build_family, memory_families, version_families
 from enginehouse.observe.logs import LogSettings, ServerLogging, escaping_wanted, unescaped
@@ -65,7 +65,7 @@ class Server:
             logs=logs.settings,
             metrics=self.metrics,
         )
-        self.hosts = ModelHosts(self.core, _host_options(options))
+        self.hosts = ModelHosts(self.core, host_options(options))
         self.source = Repositories(
             [open_root(root, download_directory=options.download_directory) for root in options.model_repository],
             variant=options.model_config_name,
@@ -174,13 +174,6 @@ class Server:
         if "*" in self.options.load_model:
             return list(names)
         return list(self.options.load_model)
-
-
-def _host_options(options: ServerOptions) -> HostOptions:
-    return HostOptions(
-        backend_directories=[Path(options.backend_directory)] if options.backend_directory else [],
-        cpu_for_missing_gpu=options.allow_cpu_fallback,
-    )
 
 
 def _log_settings(options: ServerOptions) -> LogSettings:
