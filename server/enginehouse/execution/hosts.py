@@ -27,7 +27,7 @@ from enginehouse.execution.process_services import ServiceDesk
 from enginehouse.execution.running import as_error
 from enginehouse.execution.services import LoopServices
 from enginehouse.execution.slab import MIN_SEGMENT_BYTES
-from enginehouse.execution.spawning import Launch
+from enginehouse.execution.spawning import Launch, Spawner
 from enginehouse.execution.supervision import SupervisionPolicy
 from enginehouse.execution.supervisor import Supervisor
 from enginehouse.execution.thread_host import ThreadHostedModel, load_in_threads
@@ -99,6 +99,7 @@ class ModelHosts:
         self._desk: ServiceDesk | None = None
         self._parking = Parking()
         self._supervisor = Supervisor()
+        self._spawner = Spawner()
         self._loaded: list[HostedModel] = []
 
     async def complete_config(self, context: LoadContext) -> ModelConfig:
@@ -159,6 +160,7 @@ class ModelHosts:
         for hosted in list(self._loaded):
             await hosted.close()
         await self._supervisor.close()
+        self._spawner.close()
 
     async def _load_into_host(
         self,
@@ -203,7 +205,7 @@ class ModelHosts:
 
     def _new_process(self, model: str, instance: str, solo: bool) -> HostProcess:
         name = process_name(model, instance)
-        process = HostProcess(name, Launch(), self._service_desk(), solo, MIN_SEGMENT_BYTES)
+        process = HostProcess(name, self._spawner, Launch(), self._service_desk(), solo, MIN_SEGMENT_BYTES)
         self._supervisor.watch(process)
         return process
 

@@ -28,7 +28,7 @@ from enginehouse.execution.slab import (
     block_bytes,
     make_segment,
 )
-from enginehouse.execution.spawning import Launch, spawn
+from enginehouse.execution.spawning import Launch, Spawner
 
 _FREED_ALONE = 32
 """So many blocks are told back without waiting for a message to ride on."""
@@ -80,6 +80,7 @@ class WorkerProcess:
 
     def __init__(
         self,
+        spawner: Spawner,
         launch: Launch,
         arguments: Sequence[str],
         what: str,
@@ -106,7 +107,7 @@ class WorkerProcess:
         """Instances that ran something when the process ended."""
         self._num_slots_taken = 0
         self.ended: asyncio.Future[str] = self._loop.create_future()
-        self.child, sock = spawn(launch, arguments)
+        self.child, sock = spawner.spawn(launch, arguments)
         self.pid = self.child.pid
         self.channel = Channel(sock, self._loop, self._on_message, self._on_channel_end)
         self._loop.add_reader(self.child.pidfd, self._on_death)

@@ -19,7 +19,7 @@ from enginehouse.execution.contract import Batch
 from enginehouse.execution.process import WorkerBatch, WorkerProcess
 from enginehouse.execution.process_services import ServiceDesk
 from enginehouse.execution.running import as_error
-from enginehouse.execution.spawning import Launch
+from enginehouse.execution.spawning import Launch, Spawner
 from enginehouse.types import GenerateRequest, InferRequest, MetricFamily, TokenEvent
 
 if TYPE_CHECKING:
@@ -146,8 +146,11 @@ class Tenant:
 class HostProcess:
     """One supervised worker process."""
 
-    def __init__(self, name: str, launch: Launch, desk: ServiceDesk, solo: bool, first_bytes: int) -> None:
+    def __init__(
+        self, name: str, spawner: Spawner, launch: Launch, desk: ServiceDesk, solo: bool, first_bytes: int
+    ) -> None:
         self.name = name
+        self._spawner = spawner
         self.is_solo = solo
         self.tenants: list[Tenant] = []
         self.worker: WorkerProcess | None = None
@@ -165,7 +168,7 @@ class HostProcess:
 
     async def complete_config(self, source: m.ModelSource, timeout_s: float) -> bytes:
         """A serialized ModelConfig. Raises what the backend raises."""
-        worker = self._running_worker()
+        worker = await self._running_worker()
         completed: bytes = await worker.call(lambda call_id: m.CompleteConfig(call_id, source), timeout_s)
         return completed
 
@@ -173,7 +176,7 @@ class HostProcess:
 
     async def attach(self, tenant: Tenant) -> None:
         """Loads the tenant, starting the process if it doesn't run. Raises what loading raises."""
-        worker = self._running_worker()
+        worker = await self._running_worker()
         worker.what = self.name
         self.tenants.append(tenant)
         try:
@@ -195,7 +198,7 @@ class HostProcess:
             await self._unload_quietly(tenant)
 
     async def add_instances(self, tenant: Tenant, instances: Sequence[ProcessInstance]) -> None:
-        worker = self._running_worker()
+        worker = await self._running_worker()
         for instance in instances:
             await self._create(worker, tenant, instance)
             tenant.instances.append(instance)
@@ -208,12 +211,13 @@ class HostProcess:
         if worker is not None and worker.alive:
             await worker.call(lambda call_id: m.Close(call_id, instance.instance_id))
 
-    def _running_worker(self) -> WorkerProcess:
+    async def _running_worker(self) -> WorkerProcess:
         if self.worker is None or not self.worker.alive:
             mode = "solo" if self.is_solo else "shared"
             self._closing = False
+            await self._spawner.prepare(self._launch)
             self.worker = WorkerProcess(
-                self._launch, [mode], self.name, self._on_service, self._on_end, self._first_bytes
+                self._spawner, self._launch, [mode], self.name, self._on_service, self._on_end, self._first_bytes
             )
         return self.worker
 
@@ -313,7 +317,7 @@ class HostProcess:
     async def _restart(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         try:
-            worker = self._running_worker()
+            worker = await self._running_worker()
         except OSError as problem:
             for tenant in self.tenants:
                 tenant.model.give_up(f"its process can't be started again: {problem}")

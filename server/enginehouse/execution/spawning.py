@@ -1,21 +1,32 @@
-"""Starts a worker as a fresh interpreter and tells how it ended.
+"""Starts workers and tells how they ended.
 
-Never a fork of the server: it has threads. The worker leads a process group of its own, so that what it
-starts can be ended with it, and a terminal's Ctrl-C reaches the server alone.
+Never a fork of the server: it has threads. A worker with an environment of its own is a fresh interpreter;
+the others come from the nursery. Each leads a process group, so that what it starts can be ended with it, and
+a terminal's Ctrl-C reaches the server alone.
 """
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
+import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from enginehouse.execution.nursery import PID, READY
+
 PACKAGE_ROOTS = [str(Path(__file__).parents[2])]
+NURSERY_TIMEOUT_S = 20.0
+_PR_SET_CHILD_SUBREAPER = 36
+
+_logger = logging.getLogger("enginehouse.execution")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,59 +38,160 @@ class Launch:
     search_path: Sequence[str] = ()
     """Folders before the interpreter's own packages."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the server's own environment is what the worker wants."""
+        return self.interpreter == sys.executable and not self.variables and not self.search_path
+
 
 class Child:
     """One worker process. `pidfd` becomes readable when it ends."""
 
-    def __init__(self, process: subprocess.Popen[bytes], pidfd: int) -> None:
-        self._process = process
-        self.pid = process.pid
-        self.pidfd = pidfd
+    def __init__(self, pid: int, wait: Callable[[], int]) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self._wait = wait
+        self._reaped = False
 
     def kill(self) -> None:
-        """Ends it and everything it has started, now. Only before `reap`: the group's number is its own."""
-        if self._process.returncode is not None:
+        """Ends it and everything it has started, now. Until it is reaped the numbers are its own."""
+        if self._reaped:
             return
         try:
             os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
-            self._process.kill()
+            os.kill(self.pid, signal.SIGKILL)  # so young that it leads no group yet
 
     def reap(self) -> str:
         """After its end: how it ended, for people. Children that it left are ended too."""
         self.kill()
-        status = self._process.wait()
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-            self.pidfd = -1
+        status = self._wait()
+        self._reaped = True
+        os.close(self.pidfd)
         return describe_exit(status)
 
 
-def spawn(launch: Launch, arguments: Sequence[str]) -> tuple[Child, socket.socket]:
-    """The child and the server's end of its channel. Call on the main thread: PR_SET_PDEATHSIG follows the
-    thread that spawned. Raises OSError if it can't be started."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    environment = {**os.environ, **launch.variables}
-    path = [*launch.search_path, *PACKAGE_ROOTS, *filter(None, [environment.get("PYTHONPATH", "")])]
-    environment["PYTHONPATH"] = os.pathsep.join(path)
-    command = [
-        launch.interpreter, "-m", "enginehouse.execution.worker", str(theirs.fileno()), str(os.getpid()),
-        *arguments,
-    ]  # fmt: skip
-    try:
-        process = subprocess.Popen(
-            command,
-            env=environment,
+class Spawner:
+    """One per server, used on its main thread alone: PR_SET_PDEATHSIG follows the thread that spawned."""
+
+    def __init__(self) -> None:
+        self._nursery: subprocess.Popen[bytes] | None = None
+        self._to_nursery: socket.socket | None = None
+        self._starting: asyncio.Task[None] | None = None
+
+    async def prepare(self, launch: Launch) -> None:
+        """Before `spawn`: waits until it will take no longer than a fork."""
+        if not launch.is_plain:
+            return
+        if self._starting is None:
+            self._starting = asyncio.get_running_loop().create_task(self._start_nursery(), name="start the nursery")
+        await asyncio.shield(self._starting)
+
+    def spawn(self, launch: Launch, arguments: Sequence[str]) -> tuple[Child, socket.socket]:
+        """The child and the server's end of its channel. Raises OSError if it can't be started."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            child = self._from_nursery(theirs, arguments) if launch.is_plain else None
+            if child is None:
+                child = _fresh_interpreter(launch, theirs, arguments)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return child, ours
+
+    def close(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+        if self._to_nursery is not None:
+            self._to_nursery.close()
+        if self._nursery is not None:
+            self._nursery.wait()
+        self._to_nursery = self._nursery = self._starting = None
+
+    def _from_nursery(self, channel: socket.socket, arguments: Sequence[str]) -> Child | None:
+        """None if the nursery fails; then a fresh interpreter does as well."""
+        if self._to_nursery is None:
+            return None
+        try:
+            # A subreaper only while it matters: else it would adopt what models leave behind, too.
+            _be_subreaper(True)
+            socket.send_fds(self._to_nursery, [json.dumps(list(arguments)).encode()], [channel.fileno()])
+            [pid] = PID.unpack(self._to_nursery.recv(PID.size) or b"\xff\xff\xff\xff")
+            if pid <= 0:
+                raise OSError("the nursery has gone")
+            return Child(pid, lambda: _wait_for(pid))
+        except (OSError, ValueError) as problem:
+            _logger.warning("starting a worker from a fresh interpreter: %s", problem)
+            self._abandon_nursery()
+            return None
+        finally:
+            _be_subreaper(False)
+
+    async def _start_nursery(self) -> None:
+        """Without a nursery workers start all the same, only slower."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._nursery = subprocess.Popen(
+            _command("nursery", sys.executable, theirs.fileno()),
+            env=_environment(Launch()),
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    except BaseException:
-        ours.close()
-        raise
-    finally:
         theirs.close()
-    return Child(process, os.pidfd_open(process.pid)), ours
+        try:
+            async with asyncio.timeout(NURSERY_TIMEOUT_S):
+                greeting = await asyncio.get_running_loop().sock_recv(ours, len(READY))
+        except BaseException:
+            ours.close()
+            self._nursery.kill()
+            raise
+        if greeting != READY:
+            ours.close()
+            _logger.warning("the nursery of workers does not start: each worker is a fresh interpreter")
+            return
+        ours.settimeout(NURSERY_TIMEOUT_S)
+        self._to_nursery = ours
+
+    def _abandon_nursery(self) -> None:
+        if self._nursery is not None:
+            self._nursery.kill()
+        self.close()
+
+
+def _fresh_interpreter(launch: Launch, channel: socket.socket, arguments: Sequence[str]) -> Child:
+    process = subprocess.Popen(
+        [*_command("worker", launch.interpreter, channel.fileno()), *arguments],
+        env=_environment(launch),
+        pass_fds=(channel.fileno(),),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    return Child(process.pid, process.wait)
+
+
+def _command(program: str, interpreter: str, descriptor: int) -> list[str]:
+    return [interpreter, "-m", f"enginehouse.execution.{program}", str(descriptor), str(os.getpid())]
+
+
+def _environment(launch: Launch) -> dict[str, str]:
+    environment = {**os.environ, **launch.variables}
+    path = [*launch.search_path, *PACKAGE_ROOTS, *filter(None, [environment.get("PYTHONPATH", "")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    return environment
+
+
+def _be_subreaper(wanted: bool) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _wait_for(pid: int) -> int:
+    """As Popen.returncode: negative for a signal."""
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 def describe_exit(status: int) -> str:
