@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from enginehouse.execution.process_model import ProcessHostedModel
 
 STOP_GRACE_S = 2.0
+UNLOAD_TIMEOUT_S = 30.0
+"""For a model's own last words."""
 
 
 class ProcessInstance:
@@ -257,8 +259,8 @@ class HostProcess:
         try:
             for instance in tenant.instances:
                 if instance.worker is worker:
-                    await worker.call(partial(_close, instance.instance_id), STOP_GRACE_S)
-            await worker.call(lambda call_id: m.Unload(call_id, tenant.model_id), STOP_GRACE_S)
+                    await worker.call(partial(_close, instance.instance_id), UNLOAD_TIMEOUT_S)
+            await worker.call(lambda call_id: m.Unload(call_id, tenant.model_id), UNLOAD_TIMEOUT_S)
         except EnginehouseError:
             worker.kill("did not unload a model in time")
 

@@ -131,22 +131,14 @@ class Spawner:
 
     async def _start_nursery(self) -> None:
         """Without a nursery workers start all the same, only slower."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        self._nursery = subprocess.Popen(
-            _command("nursery", sys.executable, theirs.fileno()),
-            env=_environment(Launch()),
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
+        nursery, ours = self._launch_nursery()
+        self._nursery = nursery
         try:
             async with asyncio.timeout(NURSERY_TIMEOUT_S):
                 greeting = await asyncio.get_running_loop().sock_recv(ours, len(READY))
         except BaseException:
             ours.close()
-            self._nursery.kill()
+            nursery.kill()
             raise
         if greeting != READY:
             ours.close()
@@ -155,6 +147,14 @@ class Spawner:
         ours.settimeout(NURSERY_TIMEOUT_S)
         self._to_nursery = ours
 
+    @staticmethod
+    def _launch_nursery() -> tuple[subprocess.Popen[bytes], socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        nursery = _start_program("nursery", Launch(), theirs, ())
+        theirs.close()
+        return nursery, ours
+
     def _abandon_nursery(self) -> None:
         if self._nursery is not None:
             self._nursery.kill()
@@ -162,18 +162,21 @@ class Spawner:
 
 
 def _fresh_interpreter(launch: Launch, channel: socket.socket, arguments: Sequence[str]) -> Child:
-    process = subprocess.Popen(
-        [*_command("worker", launch.interpreter, channel.fileno()), *arguments],
+    process = _start_program("worker", launch, channel, arguments)
+    return Child(process.pid, process.wait)
+
+
+def _start_program(
+    program: str, launch: Launch, channel: socket.socket, arguments: Sequence[str]
+) -> subprocess.Popen[bytes]:
+    module = f"enginehouse.execution.{program}"
+    return subprocess.Popen(
+        [launch.interpreter, "-m", module, str(channel.fileno()), str(os.getpid()), *arguments],
         env=_environment(launch),
         pass_fds=(channel.fileno(),),
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
-    return Child(process.pid, process.wait)
-
-
-def _command(program: str, interpreter: str, descriptor: int) -> list[str]:
-    return [interpreter, "-m", f"enginehouse.execution.{program}", str(descriptor), str(os.getpid())]
 
 
 def _environment(launch: Launch) -> dict[str, str]:

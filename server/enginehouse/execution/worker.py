@@ -2,7 +2,7 @@
 
     python -m enginehouse.execution.worker <channel descriptor> <server's pid> <solo|shared>
 
-`solo` runs its one instance on the main thread, `shared` each instance on a thread of its own. The backend
+`solo` runs its first instance on the main thread, `shared` each instance on a thread of its own. The backend
 code is the same as in the server's threads and can't tell the difference.
 """
 
@@ -302,14 +302,15 @@ class Worker:
         self._models[message.model_id] = LoadedModel(model, context.config, context.services)
 
     def _start_instance(self, message: m.Create) -> None:
-        """In shared mode each instance is made, run and closed by a thread of its own."""
-        if self._solo:
+        """Each instance is made, run and closed by a thread of its own; a solo one by the main thread."""
+        if self._solo and not self._instances:
             self._jobs.append(partial(self._reply_to, message.call_id, partial(self._create, message, None)))
             return
         jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         jobs.put(partial(self._reply_to, message.call_id, partial(self._create, message, jobs)))
         name = f"instance {message.name}"
         threading.Thread(target=self._work, args=(jobs,), name=name, daemon=True).start()
+        self.channel.read_in_thread()
 
     @staticmethod
     def _work(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
