@@ -8,6 +8,7 @@ from pathlib import Path
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import NotFound
 from enginehouse.execution.contract import InstanceHandle
+from enginehouse.execution.padding import PaddingPlan
 from enginehouse.scheduling import test_hooks
 from enginehouse.scheduling.caching import CachingScheduler
 from enginehouse.scheduling.clock import Clock, LoopClock
@@ -15,6 +16,7 @@ from enginehouse.scheduling.contract import ExecutionObserver, Scheduler, Submit
 from enginehouse.scheduling.dynamic_batching import DynamicBatching, shape_key_of
 from enginehouse.scheduling.ensemble import EnsembleScheduler
 from enginehouse.scheduling.ensemble_check import ConfigLookup
+from enginehouse.scheduling.length_batching import LengthBatching
 from enginehouse.scheduling.loop import BatchingOptions, BatchingScheduler
 from enginehouse.scheduling.queue import RequestQueue
 from enginehouse.scheduling.rate_limiter import RateLimiter
@@ -85,10 +87,14 @@ def may_cache(config: ModelConfig) -> bool:
 def _batching_options(config: ModelConfig) -> BatchingOptions:
     if not config.HasField("dynamic_batching"):
         return BatchingOptions()
+    plain = DynamicBatching.of(config)
+    plan = PaddingPlan.of(config)
+    reorders = bool(plan) and not config.dynamic_batching.preserve_ordering
     return BatchingOptions(
-        policy=DynamicBatching.of(config),
+        policy=LengthBatching(plain, plan.target, plan.max_waste) if reorders else plain,
         queue=RequestQueue.of(config.dynamic_batching),
-        shape_key=shape_key_of(config),
+        shape_key=shape_key_of(config, {one.name: one.axis for one in plan.inputs}),
+        length_of=plan.length_of if plan else None,
         gathers=True,
         preserves_order=config.dynamic_batching.preserve_ordering,
         hold_until_queued=test_hooks.delay_scheduler(),

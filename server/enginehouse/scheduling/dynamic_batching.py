@@ -6,7 +6,7 @@ waited for so long, it reaches a preferred size, or it can't grow any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,8 @@ class Cut:
     """Run these now, in this order."""
 
     tickets: Sequence[Ticket]
+    size: int = 0
+    """What the batch's time depends on, for policies that learn; 0 teaches nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,10 @@ class BatchPolicy(Protocol):
         """Asked while an instance is free. Does not change the queue. None only if it is empty."""
         ...
 
+    def learn(self, size: int, seconds: float) -> None:
+        """A batch of that size took so long."""
+        ...
+
 
 class SingleRequests:
     """Every request alone: models without dynamic batching."""
@@ -46,6 +52,9 @@ class SingleRequests:
         for ticket in queue:
             return Cut((ticket,))
         return None
+
+    def learn(self, size: int, seconds: float) -> None:
+        """There is nothing to decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +106,27 @@ class DynamicBatching:
         wake_rows = min((size for size in self.preferred_rows if size > rows), default=self.max_rows)
         return Wait(due_ns, wake_rows, chosen[0].shape_key)
 
+    def learn(self, size: int, seconds: float) -> None:
+        """It does what it was told."""
 
-def shape_key_of(config: ModelConfig) -> Callable[[InferRequest], Hashable]:
+
+def shape_key_of(
+    config: ModelConfig, padded_axes: Mapping[str, int] | None = None
+) -> Callable[[InferRequest], Hashable]:
     """What two requests must have in common to share a batch, as a function of a request.
 
     Sizes that the config fixes need no look. Optional inputs must be present in both or in neither; the
-    values of shape tensors must be equal.
+    values of shape tensors must be equal. Along `padded_axes` sizes may differ, but a request's padded
+    inputs must agree among themselves, or it runs with its like.
     """
+    padded = padded_axes or {}
     sized = [
         tensor.name
         for tensor in config.input
         if any(dim < 0 for dim in tensor.dims) and not (tensor.allow_ragged_batch or tensor.is_shape_tensor)
     ]
+    plain = [name for name in sized if name not in padded]
+    axes = [(name, padded[name]) for name in sized if name in padded]
     shape_tensors = [tensor.name for tensor in config.input if tensor.is_shape_tensor]
     optional = [tensor.name for tensor in config.input if tensor.optional]
     if not (sized or shape_tensors or optional):
@@ -116,7 +134,11 @@ def shape_key_of(config: ModelConfig) -> Callable[[InferRequest], Hashable]:
 
     def key(request: InferRequest) -> Hashable:
         inputs = request.inputs
-        parts: list[Hashable] = [inputs[name].shape[1:] if name in inputs else None for name in sized]
+        parts: list[Hashable] = [inputs[name].shape[1:] if name in inputs else None for name in plain]
+        if axes:
+            shapes = [(inputs[name].shape, axis) for name, axis in axes if name in inputs]
+            parts.extend(shape[1:axis] + shape[axis + 1 :] for shape, axis in shapes)
+            parts.append(len({shape[axis] for shape, axis in shapes}) <= 1)
         parts.extend(bytes(inputs[name].host_data()) if name in inputs else None for name in shape_tensors)
         parts.extend(name in inputs for name in optional)
         return tuple(parts)

@@ -13,7 +13,7 @@ from enginehouse.errors import EnginehouseError
 from enginehouse.execution.contract import Batch, ExecutionTimes, InstanceHandle
 from enginehouse.scheduling.clock import Alarm, Clock, LoopClock
 from enginehouse.scheduling.contract import ExecutionObserver
-from enginehouse.scheduling.dynamic_batching import BatchPolicy, SingleRequests, Wait
+from enginehouse.scheduling.dynamic_batching import BatchPolicy, Cut, SingleRequests, Wait
 from enginehouse.scheduling.in_flight import InFlight, cancelled, expired, stopped
 from enginehouse.scheduling.instances import InstancePool
 from enginehouse.scheduling.ordering import ResponseOrder
@@ -29,6 +29,8 @@ class BatchingOptions:
     policy: BatchPolicy = field(default_factory=SingleRequests)
     queue: RequestQueue = field(default_factory=RequestQueue)
     shape_key: Callable[[InferRequest], Hashable] | None = None
+    length_of: Callable[[InferRequest], int] | None = None
+    """For policies that pad."""
     gathers: bool = False
     """Let requests that arrive together be seen together before the first batch is cut."""
     preserves_order: bool = False
@@ -50,6 +52,7 @@ class BatchingScheduler:
         self._policy = options.policy
         self._queue = options.queue
         self._shape_key = options.shape_key
+        self._length_of = options.length_of
         self._gathers = options.gathers
         self._hold_until_queued = options.hold_until_queued
         self._pool = InstancePool(instances)
@@ -83,6 +86,8 @@ class BatchingScheduler:
             raise cancelled()
         now_ns = request.times.queued_ns = self._clock.now_ns()
         ticket = Ticket(request, now_ns, self._shape_key(request) if self._shape_key is not None else None)
+        if self._length_of is not None:
+            ticket.length = self._length_of(request)
         self._queue.add(ticket)
         request.flow = ticket
         request.on_cancel = self._cancel_queued
@@ -150,7 +155,7 @@ class BatchingScheduler:
                 if instance is None:
                     break
             queue.take(decision.tickets)
-            self._hand_over(decision.tickets, instance, now_ns)
+            self._hand_over(decision, instance, now_ns)
         self._set_alarm()
 
     def _is_held(self) -> bool:
@@ -171,8 +176,8 @@ class BatchingScheduler:
 
     # --- running
 
-    def _hand_over(self, tickets: Sequence[Ticket], instance: InstanceHandle, now_ns: int) -> None:
-        requests = [ticket.request for ticket in tickets]
+    def _hand_over(self, cut: Cut, instance: InstanceHandle, now_ns: int) -> None:
+        requests = [ticket.request for ticket in cut.tickets]
         for request in requests:
             request.times.started_ns = now_ns
             request.flow = instance
@@ -180,7 +185,7 @@ class BatchingScheduler:
             if self._order is not None:
                 self._order.open(request)
         self._pool.reserve(instance)
-        instance.execute(Batch(requests, self._on_response, self._on_done, instance=instance))
+        instance.execute(Batch(requests, self._on_response, self._on_done, instance=instance, context=cut.size))
 
     def _on_response(self, request: InferRequest, response: InferResponse) -> None:
         if response.final:
@@ -194,6 +199,8 @@ class BatchingScheduler:
         instance = batch.instance
         assert instance is not None, "bug: this loop names the instance of its batches"
         self._observer.on_batch(batch.requests, instance, times, error)
+        if batch.context and error is None:
+            self._policy.learn(batch.context, (times.end_ns - times.start_ns) / 1e9)
         self._pool.release(instance)
         if self._queue.num_requests:
             self._pass()

@@ -45,7 +45,7 @@ class QueuePolicy:
 class Ticket:
     """A request's place in the queue."""
 
-    __slots__ = ("gone", "level", "queued_ns", "request", "rows", "shape_key", "timeout_ns")
+    __slots__ = ("gone", "length", "level", "queued_ns", "request", "rows", "shape_key", "timeout_ns")
 
     def __init__(self, request: InferRequest, queued_ns: int, shape_key: Hashable = None) -> None:
         self.request = request
@@ -53,6 +53,8 @@ class Ticket:
         self.shape_key = shape_key
         """Requests with different keys never share a batch."""
         self.queued_ns = queued_ns
+        self.length = 0
+        """Along the axis that may be padded."""
         self.timeout_ns = 0
         self.level: _Level | None = None
         self.gone = False

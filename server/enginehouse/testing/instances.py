@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from enginehouse.errors import EnginehouseError, FailureReason, Internal
 from enginehouse.execution.contract import Batch, ExecutionTimes
+from enginehouse.execution.joining import Joiner
 from enginehouse.types import Array, InferRequest, InferResponse, Tensor
 
 Function = Callable[[Mapping[str, Array]], Mapping[str, Array]]
@@ -16,7 +15,8 @@ Function = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 class GatedInstance:
     """Implements `InstanceHandle`: keeps each batch until `step`, then runs `function` on it.
 
-    Batches are joined along axis 0 and the results split again, as a host does for models that batch.
+    Batches are joined and the results split again as hosts do: by the joiner of the model's config, or
+    plainly along axis 0.
     """
 
     device = "cpu"
@@ -28,6 +28,7 @@ class GatedInstance:
         now_ns: Callable[[], int] = lambda: 0,
         name: str = "gated_0_0",
         num_slots: int = 1,
+        joiner: Joiner | None = None,
     ) -> None:
         self.function = function
         self.name = name
@@ -38,6 +39,7 @@ class GatedInstance:
         """Requests in each batch that ever came."""
         self.cancelled: list[InferRequest] = []
         self._now_ns = now_ns
+        self._joiner = joiner or Joiner()
 
     def execute(self, batch: Batch) -> None:
         assert self.available
@@ -75,18 +77,7 @@ class GatedInstance:
         batch.on_done(batch, ExecutionTimes(now_ns, now_ns, now_ns, now_ns), error)
 
     def _run(self, requests: Sequence[InferRequest]) -> list[InferResponse]:
-        joined = {
-            name: np.concatenate([request.inputs[name].numpy() for request in requests])
-            for name in requests[0].inputs
-        }
-        results = self.function(joined)
-        answers, start = [], 0
-        for request in requests:
-            stop = start + request.num_rows
-            answers.append(
-                InferResponse(
-                    [Tensor.from_numpy(name, result[start:stop]) for name, result in results.items()]
-                )
-            )
-            start = stop
-        return answers
+        joined = {tensor.name: tensor.gather().numpy() for tensor in self._joiner.join(requests)}
+        results = {name: Tensor.from_numpy(name, array) for name, array in self.function(joined).items()}
+        joiner = self._joiner if self._joiner.output_names else Joiner(list(results))
+        return [InferResponse(outputs) for outputs in joiner.split(requests, results)]

@@ -12,6 +12,7 @@ from google.protobuf import text_format
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution.contract import ExecutionTimes, InstanceHandle
+from enginehouse.execution.joiners import joiner_of
 from enginehouse.scheduling.build import build_scheduler
 from enginehouse.scheduling.contract import Scheduler
 from enginehouse.testing.clock import ManualClock
@@ -135,7 +136,8 @@ class Rig:
 def rig_of(config: ModelConfig, num_instances: int = 1, function: Function = dict, **services: Any) -> Rig:
     clock = ManualClock()
     observer = Observer()
-    instances = [GatedInstance(function, clock.now_ns, f"m_{index}") for index in range(num_instances)]
+    joiner = joiner_of(config)
+    instances = [GatedInstance(function, clock.now_ns, f"m_{index}", joiner=joiner) for index in range(num_instances)]
     scheduler = build_scheduler(
         config,
         1,
