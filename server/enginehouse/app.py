@@ -161,9 +161,12 @@ class Server:
                 return
 
     async def _load_models(self) -> dict[str, str]:
-        names = await asyncio.to_thread(self.source.names)
+        try:
+            names = await asyncio.to_thread(self.source.names)
+        except EnginehouseError as error:
+            raise StartFailed(f"creating server: {error.code.value} - {error}") from error
         wanted = self._names_at_start(names)
-        lazy = [name for name in wanted if self.source.is_on_demand(name)]
+        lazy = [name for name in wanted if await asyncio.to_thread(self.source.is_on_demand, name)]
         for name in lazy:
             self.lifecycle.list_on_demand(name)
         return await self.lifecycle.load_all([name for name in wanted if name not in set(lazy)])

@@ -117,7 +117,7 @@ class Core:
         return self.registry.find(name, version)
 
     def index(self, repository: str = "", ready_only: bool = False) -> list[IndexEntry]:
-        return self.registry.index(self.source.names(), ready_only)
+        return self.registry.index(self.source.known_names(), ready_only)
 
     async def load(
         self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None

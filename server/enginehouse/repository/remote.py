@@ -57,6 +57,9 @@ class Listing:
     def digest(self) -> str:
         return short_hash(*((name, file.path, file.size, file.identity) for name, file in sorted(self.files.items())))
 
+    def only(self, is_wanted: Callable[[str], bool]) -> Listing:
+        return Listing({relative: file for relative, file in self.files.items() if is_wanted(relative)})
+
     @property
     def num_bytes(self) -> int:
         return sum(file.size for file in self.files.values())
@@ -90,8 +93,16 @@ class RemoteRoot:
         self._cache = cache
         self._settle_s = settle_s
         self._clock = clock or Clock()
+        self._known: list[Entry] = []
 
     def entries(self) -> list[Entry]:
+        self._known = self._list_entries()
+        return self._known
+
+    def known_entries(self) -> list[Entry]:
+        return self._known
+
+    def _list_entries(self) -> list[Entry]:
         if self._address.kind == "hf":
             return [Entry(self._address.path.split("/")[1].split("@")[0], is_folder=True)]
         infos = self._ask(lambda: self._list_folder(self._address.path))
@@ -103,8 +114,14 @@ class RemoteRoot:
 
     def bring(self, entry: Entry, name: str) -> Brought:
         """Of a bare file, a folder that holds it and what belongs to it. Raises NotFound, Unavailable."""
+        return self._bring(entry, name, is_wanted=lambda relative: True)
+
+    def peek(self, entry: Entry, name: str) -> Brought:
+        return self._bring(entry, name, is_wanted=_is_config)
+
+    def _bring(self, entry: Entry, name: str, is_wanted: Callable[[str], bool]) -> Brought:
         for _ in range(NUM_TRIES):
-            listing = self._settled_listing(entry)
+            listing = self._settled_listing(entry).only(is_wanted)
             snapshot = self._cache.find(listing.digest, name)
             if snapshot is not None:
                 return Brought(snapshot.path, snapshot)
@@ -113,7 +130,7 @@ class RemoteRoot:
             except _Changed as change:
                 logger.warning("'%s' of %s changed while it was read (%s), reading it again", name, self.url, change)
                 continue
-            if self._list(entry).digest == listing.digest:
+            if self._list(entry).only(is_wanted).digest == listing.digest:
                 snapshot = self._cache.build(listing.digest, name, contents)
                 self._cache.prune(UNUSED_S)
                 return Brought(snapshot.path, snapshot)
@@ -168,10 +185,11 @@ class RemoteRoot:
 
     def _pinned_path(self) -> str:
         """The repository at the commit that its revision names now, so that all files are of one commit."""
-        self._filesystem.invalidate_cache()
-        resolved = self._filesystem.resolve_path(self._address.path)
-        commit = self._filesystem._api.repo_info(resolved.repo_id, revision=resolved.revision).sha
-        return f"{resolved.repo_id}@{commit}"
+        from huggingface_hub import HfApi
+
+        name, _, revision = self._address.path.partition("@")
+        api = HfApi(endpoint=self._filesystem.endpoint, token=self._filesystem.token)
+        return f"{name}@{api.repo_info(name, revision=revision or None).sha}"
 
     # --- fetching
 
@@ -226,7 +244,7 @@ class RemoteRoot:
             except PermissionError as error:
                 raise Unavailable(f"{self.url}: access denied: {error}") from error
             except Exception as error:  # every cloud's library has a tree of its own
-                if attempt == NUM_TRIES:
+                if attempt == NUM_TRIES or _is_refusal(error):
                     raise Unavailable(f"{self.url}: {type(error).__name__}: {error}") from error
                 logger.warning("%s: %s: %s, trying again", self.url, type(error).__name__, error)
                 self._clock.sleep(0.1 * 2**attempt)
@@ -235,6 +253,13 @@ class RemoteRoot:
 
 class _Changed(Exception):
     """A file is not what the listing said."""
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the storage said no, in one of the ways that clouds' libraries have to tell its HTTP status."""
+    answers = (error, getattr(error, "response", None))
+    statuses = [getattr(answer, name, None) for answer in answers for name in ("status_code", "code", "status")]
+    return any(isinstance(status, int) and 400 <= status < 500 and status not in (408, 429) for status in statuses)
 
 
 def _files(infos: Mapping[str, dict[str, Any]], prefix: str) -> dict[str, RemoteFile]:
@@ -262,6 +287,10 @@ def _seconds(modified: Any) -> float:
     if isinstance(modified, str):
         modified = datetime.fromisoformat(modified)
     return modified.timestamp() if isinstance(modified, datetime) else 0.0
+
+
+def _is_config(relative: str) -> bool:
+    return _matches(relative, ("config.*", "configs/*.*"))
 
 
 def without_redundant(files: Mapping[str, RemoteFile]) -> dict[str, RemoteFile]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from enginehouse.config import completion, reading, validation
-from enginehouse.config.schema import ModelConfig
+from enginehouse.config.schema import ModelConfig, ModelServing
 from enginehouse.errors import EnginehouseError
 from enginehouse.repository.agents import AgentChain, Agents
 from enginehouse.repository.definition import ModelDefinition, Override, PollError
@@ -75,6 +75,13 @@ class Repositories:
             found.update(models_in(root.entries()))
         return sorted(found)
 
+    def known_names(self) -> list[str]:
+        """As last seen: never waits for a network."""
+        found: set[str] = set()
+        for root in self.roots:
+            found.update(models_in(root.known_entries()))
+        return sorted(found)
+
     def poll(self, name: str, override: Override | None) -> ModelDefinition:
         try:
             if override is not None and override.files:
@@ -86,9 +93,14 @@ class Repositories:
     def is_on_demand(self, name: str) -> bool:
         """Whether the model's config leaves its loading to the first request. False if it can't be read."""
         try:
-            return self.poll(name, None).on_demand
-        except PollError:
+            root, entry = self._holder(name)
+            if not entry.is_folder:
+                return False
+            peeked = root.peek(entry, name)
+            read = reading.read_config(peeked.folder, self._variant)
+        except (PollError, EnginehouseError):
             return False
+        return read is not None and read.config.serving.load == ModelServing.LOAD_ON_DEMAND
 
     def forget_override(self, name: str) -> None:
         self._overrides.pop(name, None)
@@ -105,7 +117,7 @@ class Repositories:
             self._overrides.pop(name, None)
         return definition
 
-    def _find(self, name: str) -> _Found:
+    def _holder(self, name: str) -> tuple[Root, Entry]:
         holders = [(root, entry) for root in self.roots if (entry := root.find(name)) is not None]
         if not holders:
             looked = ", ".join(root.url for root in self.roots)
@@ -113,7 +125,10 @@ class Repositories:
         if len(holders) > 1:
             places = ", ".join(root.url for root, _ in holders)
             raise PollError(f"model '{name}' is in more than one repository: {places}")
-        root, entry = holders[0]
+        return holders[0]
+
+    def _find(self, name: str) -> _Found:
+        root, entry = self._holder(name)
         brought = root.bring(entry, name)
         bare_file = None if entry.is_folder else entry
         if bare_file is not None and (brought.folder / "1").is_dir():

@@ -40,12 +40,20 @@ class Root(Protocol):
         """What is at the top."""
         ...
 
+    def known_entries(self) -> list[Entry]:
+        """As last seen: never waits for a network."""
+        ...
+
     def find(self, name: str) -> Entry | None:
         """The entry of the model of that name."""
         ...
 
     def bring(self, entry: Entry, name: str) -> Brought:
         """Raises NotFound, Unavailable."""
+        ...
+
+    def peek(self, entry: Entry, name: str) -> Brought:
+        """At least the config files of a model's folder. Raises NotFound, Unavailable."""
         ...
 
 
@@ -60,6 +68,9 @@ class LocalRoot:
             return []
         return [Entry(entry.name, entry.is_dir()) for entry in os.scandir(self.path)]
 
+    def known_entries(self) -> list[Entry]:
+        return self.entries()
+
     def find(self, name: str) -> Entry | None:
         if Path(name).name != name or name in ("", "..") or not models_in([Entry(name, is_folder=True)]):
             return None
@@ -70,6 +81,9 @@ class LocalRoot:
 
     def bring(self, entry: Entry, name: str) -> Brought:
         return Brought(self.path / entry.name if entry.is_folder else self.path)
+
+    def peek(self, entry: Entry, name: str) -> Brought:
+        return self.bring(entry, name)
 
 
 def open_root(url: str, *, download_directory: str = "", environment: Mapping[str, str] = os.environ) -> Root:
@@ -90,16 +104,26 @@ def cache_directory(address: Address, download_directory: str, environment: Mapp
 
 
 def _filesystem(address: Address, environment: Mapping[str, str]) -> Any:
-    import fsspec
-
     protocol, extra = _PROTOCOLS[address.kind]
     options = filesystem_options(address, _read_credentials(environment), environment)
     try:
-        return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
+        return _filesystem_class(protocol)(skip_instance_cache=True, use_listings_cache=False, **options)
     except ImportError as error:
         raise InvalidArgument(
             f"repository '{address.url}' needs the extra '{extra}': pip install 'enginehouse[{extra}]' ({error})"
         ) from error
+
+
+def _filesystem_class(protocol: str) -> Any:
+    import fsspec
+
+    if protocol == "gs":
+        # Not the default class of gcsfs: that asks over gRPC first which kind of bucket it is, and waits a
+        # minute where it may not.
+        from gcsfs.core import GCSFileSystem
+
+        return GCSFileSystem
+    return fsspec.get_filesystem_class(protocol)
 
 
 def _read_credentials(environment: Mapping[str, str]) -> Mapping[str, Any]:

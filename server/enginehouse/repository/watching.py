@@ -13,6 +13,7 @@ from pathlib import Path
 
 from watchfiles import awatch
 
+from enginehouse.errors import EnginehouseError
 from enginehouse.repository.lifecycle import Lifecycle
 
 logger = logging.getLogger("enginehouse.repository")
@@ -36,7 +37,7 @@ async def follow(roots: Sequence[Path], lifecycle: Lifecycle, *, settle_s: float
 async def _refresh(lifecycle: Lifecycle) -> None:
     try:
         await lifecycle.refresh()
-    except OSError as error:
+    except (OSError, EnginehouseError) as error:
         logger.error("the repository can't be read, trying again later: %s", error)
 
 

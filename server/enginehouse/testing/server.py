@@ -32,7 +32,7 @@ class ServerProcess:
 
     def __init__(
         self,
-        repositories: Sequence[Path],
+        repositories: Sequence[Path | str],
         flags: Sequence[str] = (),
         *,
         environment: Mapping[str, str] | None = None,

@@ -75,6 +75,20 @@ def test_a_failing_network_is_asked_again(bucket: Bucket, tmp_path: Path) -> Non
     assert len(bucket.slept_s) == 2
 
 
+class Refused(Exception):
+    status_code = 403
+
+
+def test_a_refusal_is_not_asked_again(bucket: Bucket, tmp_path: Path) -> None:
+    def refuse(path: str, start: int) -> None:
+        raise Refused("no")
+
+    bucket.before_read = refuse
+    with pytest.raises(Unavailable, match=r"s3://b/models: Refused: no"):
+        root_of(bucket, tmp_path).bring(MODEL, "m")
+    assert bucket.slept_s == []
+
+
 def test_an_interrupted_download_goes_on_where_it_ended(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +183,20 @@ def test_a_bare_file_brings_what_belongs_to_it(bucket: Bucket, tmp_path: Path) -
     entry = root.find("net")
     assert entry == Entry("net.onnx", is_folder=False)
     assert sorted(content_of(root.bring(entry, "net").folder)) == ["net.onnx", "net.onnx.data"]
+
+
+def test_peeking_reads_the_config_alone(bucket: Bucket, tmp_path: Path) -> None:
+    root = root_of(bucket, tmp_path)
+    assert list(content_of(root.peek(MODEL, "m").folder)) == ["config.pbtxt"]
+    assert bucket.num_bytes_read == len(bucket.files["b/models/m/config.pbtxt"])
+
+
+def test_what_is_known_needs_no_network(bucket: Bucket, tmp_path: Path) -> None:
+    root = root_of(bucket, tmp_path)
+    assert root.known_entries() == []
+    root.entries()
+    bucket.files.clear()
+    assert root.known_entries() == [MODEL]
 
 
 def test_markers_of_folders_are_no_files(bucket: Bucket, tmp_path: Path) -> None:

@@ -98,6 +98,12 @@ def test_configs_must_be_whole_where_they_are_not_completed(root: Path) -> None:
     assert strict.poll("m", None).name == "m"
 
 
+def test_models_may_wait_for_their_first_request(root: Path) -> None:
+    write(root, {"lazy/1/model.py": "", "lazy/config.yaml": "serving: {load: on_demand}", "bad/config.yaml": "x"})
+    source = Repositories([root])
+    assert [name for name in ("m", "lazy", "bad", "nobody") if source.is_on_demand(name)] == ["lazy"]
+
+
 def test_an_override_stays_until_the_files_change(root: Path) -> None:
     source = Repositories([root])
     assert source.poll("m", Override(config='{"max_batch_size": 9}')).config.max_batch_size == 9
@@ -193,6 +199,15 @@ class Agent(RepositoryAgent):
     def prepare(self, model):
         return model.folder.parent / model.parameters["to"]
 """
+
+
+def test_the_agent_of_the_docs_works(root: Path, tmp_path: Path) -> None:
+    docs = Path(__file__).resolve().parents[3] / "docs" / "repositories.md"
+    code = docs.read_text().split("```python\n")[1].split("```")[0]
+    write(tmp_path / "agents", {"xor/agent.py": code})
+    with_agents(root, "{name: xor}")
+    found = Repositories([root], agents=Agents(tmp_path / "agents")).poll("m", None)
+    assert (found.directory / "2" / "model.py").read_bytes() == bytes(byte ^ 0x5A for byte in b"abc")
 
 
 def test_agents_are_found_in_the_agent_directory(root: Path, tmp_path: Path) -> None:
