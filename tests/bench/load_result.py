@@ -17,6 +17,7 @@ class LoadResult:
     num_lost: int
     p50_ms: float
     p99_ms: float
+    client_cpu_s: float
 
     @property
     def requests_per_second(self) -> float:
@@ -33,6 +34,7 @@ class Tally:
         self._num_bad = 0
         self._num_lost = 0
         self._started_s = 0.0
+        self._cpu_s = 0.0
 
     def now_ns(self) -> int:
         return time.perf_counter_ns()
@@ -49,7 +51,7 @@ class Tally:
         self._num_lost += 1
 
     def start(self) -> None:
-        self.counts, self._started_s = True, time.time()
+        self.counts, self._started_s, self._cpu_s = True, time.time(), time.process_time()
 
     def end(self) -> LoadResult:
         self.counts = self.is_going = False
@@ -67,4 +69,5 @@ class Tally:
             self._num_lost,
             quantile_ms(0.5),
             quantile_ms(0.99),
+            time.process_time() - self._cpu_s,
         )

@@ -16,6 +16,12 @@ from types import TracebackType
 import psutil
 
 
+def machine_busy_s() -> float:
+    """CPU time that all processes of the machine have used since it started."""
+    times = psutil.cpu_times()
+    return float(sum(times)) - times.idle - times.iowait - times.guest - times.guest_nice
+
+
 @dataclass(frozen=True, slots=True)
 class Ports:
     http: int
