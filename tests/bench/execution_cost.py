@@ -46,11 +46,11 @@ class TritonPythonModel:
 '''
 
 
-def write_model(root: Path) -> None:
+def write_model(root: Path, arguments: argparse.Namespace) -> None:
     folder = root / "identity" / "1"
     folder.mkdir(parents=True)
     (folder / "model.py").write_text(MODEL)
-    (folder.parent / "config.pbtxt").write_text(CONFIG.format(rows=64, scheduling="dynamic_batching {}"))
+    (folder.parent / "config.pbtxt").write_text(CONFIG.format(rows=arguments.rows, scheduling="dynamic_batching {}" if arguments.rows else ""))
 
 
 async def measure(what: str, send: Callable[[Callable[[], None]], None], in_flight: int, seconds: float) -> None:
@@ -100,7 +100,7 @@ async def measure(what: str, send: Callable[[Callable[[], None]], None], in_flig
 
 async def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder))
+        write_model(Path(folder), arguments)
         options = parse_options(
             [f"--model-repository={folder}", "--allow-http=false", "--allow-grpc=false", "--allow-metrics=false"], {}
         )
@@ -109,7 +109,7 @@ async def main(arguments: argparse.Namespace) -> None:
         logging.disable(logging.CRITICAL)
         served = server.core.model("identity")
         [instance] = served.hosted.instances
-        data = np.zeros((1, arguments.bytes // 4), np.float32)
+        data = np.zeros((1, arguments.bytes // 4) if arguments.rows else arguments.bytes // 4, np.float32)
 
         def request(sink: Callable[[InferResponse], None] | None) -> InferRequest:
             tensor = Tensor.from_numpy("IN", data)
@@ -133,6 +133,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--rows", type=int, default=64, help="max_batch_size; 0 batches nothing")
     parser.add_argument("--bytes", type=int, default=64)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     uvloop.run(main(parser.parse_args()))

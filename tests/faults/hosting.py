@@ -118,8 +118,11 @@ def open_descriptors() -> Counter[str]:
 
 
 @asynccontextmanager
-async def hosted(changes: str = "", options: HostOptions | None = None) -> AsyncIterator[Hosted]:
-    """A model of one of BACKENDS; afterwards nothing may be left: no process, descriptor or shared memory."""
+async def hosted(
+    changes: str = "", options: HostOptions | None = None, directory: Path = HERE
+) -> AsyncIterator[Hosted]:
+    """A model of one of BACKENDS, or the folder's model.py. Afterwards nothing may be left: no process, no
+    descriptor, no entry in the ledger."""
     path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(ROOT) not in path:  # where workers find the backends
         os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *path])
@@ -128,7 +131,7 @@ async def hosted(changes: str = "", options: HostOptions | None = None) -> Async
     healths: list[HostHealth] = []
     before = open_descriptors()
     try:
-        model = await hosts.load(LoadContext(config, 1, HERE), healths.append)
+        model = await hosts.load(LoadContext(config, 1, directory), healths.append)
         yield Hosted(model, hosts, healths)
         await model.close()
     finally:

@@ -17,6 +17,7 @@ from enginehouse.execution import messages as m
 from enginehouse.execution.backends import BACKEND_MODEL_OPTION, BackendSource, find_backend
 from enginehouse.execution.contract import HostedModel, HostHealth, MemoryEntry, ServerServices
 from enginehouse.execution.devices import CpuRuntime, CudaRuntime, DeviceRuntime, SimulatedRuntime
+from enginehouse.execution.environments import Environments
 from enginehouse.execution.ledger import Ledger
 from enginehouse.execution.mailbox import Mailbox
 from enginehouse.execution.parking import Parking
@@ -52,6 +53,8 @@ class HostOptions:
     default_hosts: Mapping[str, HostKind] = field(default_factory=dict)
     """By backend, where the config doesn't say."""
     simulated_gpu_bytes: Sequence[int] = ()
+    environment_cache: Path | None = None
+    """Where models' own Python environments are kept; the user's cache folder by default."""
     more_backends: Mapping[str, str] = field(default_factory=dict)
     """`module:class` by name, beside those that are installed."""
 
@@ -100,6 +103,7 @@ class ModelHosts:
         self._parking = Parking()
         self._supervisor = Supervisor()
         self._spawner = Spawner()
+        self._environments = Environments(self.options.environment_cache)
         self._loaded: list[HostedModel] = []
 
     async def complete_config(self, context: LoadContext) -> ModelConfig:
@@ -118,7 +122,8 @@ class ModelHosts:
 
     async def _complete_in_process(self, source: BackendSource, backend: Backend, context: LoadContext) -> ModelConfig:
         """The process stays for a while: the load that follows is its first tenant."""
-        process = self._new_process(context.name, "", self._runs_solo(backend, context.config))
+        launch = await self._environments.launch_for(context)
+        process = self._new_process(context.name, "", launch, self._runs_solo(backend, context.config))
         sent = model_source(source, context)
         policy = SupervisionPolicy.of_config(context.config, self.options.supervision)
         try:
@@ -175,7 +180,8 @@ class ModelHosts:
             context = replace(context, services=self._services_for(context))
             hosted = await load_in_threads(backend, context, wanted, self._results())
         else:
-            hosted = self._in_processes(source, backend, context, on_health)
+            launch = await self._environments.launch_for(context)
+            hosted = self._in_processes(source, backend, context, launch, on_health)
             await hosted.start(wanted)
         hosted.on_closed = partial(self._forget, hosted, context.name, context.version)
         self._loaded.append(hosted)
@@ -186,6 +192,7 @@ class ModelHosts:
         source: BackendSource,
         backend: Backend,
         context: LoadContext,
+        launch: Launch,
         on_health: Callable[[HostHealth], None],
     ) -> ProcessHostedModel:
         apart = backend.process_per_instance
@@ -195,17 +202,17 @@ class ModelHosts:
 
         def make_process(instance: str) -> HostProcess:
             parked = self._parking.take(key)
-            if parked is not None and parked.is_solo == solo and parked.is_running:
+            if parked is not None and parked.is_solo == solo and parked.launch == launch and parked.is_running:
                 parked.name = process_name(context.name, instance if apart else "")
                 return parked
-            return self._new_process(context.name, instance if apart else "", solo)
+            return self._new_process(context.name, instance if apart else "", launch, solo)
 
         sent = model_source(source, context)
         return ProcessHostedModel(context, sent, policy, make_process, apart, on_health)
 
-    def _new_process(self, model: str, instance: str, solo: bool) -> HostProcess:
+    def _new_process(self, model: str, instance: str, launch: Launch, solo: bool) -> HostProcess:
         name = process_name(model, instance)
-        process = HostProcess(name, self._spawner, Launch(), self._service_desk(), solo, MIN_SEGMENT_BYTES)
+        process = HostProcess(name, self._spawner, launch, self._service_desk(), solo, MIN_SEGMENT_BYTES)
         self._supervisor.watch(process)
         return process
 

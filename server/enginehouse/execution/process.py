@@ -37,7 +37,7 @@ _FREED_ALONE = 32
 class WorkerBatch(RunningBatch):
     """A batch in a worker's instance."""
 
-    __slots__ = ("batch_id", "instance_id", "joiner", "on_finished", "sent_ns", "slot", "takes_tensors")
+    __slots__ = ("batch_id", "busy_ns", "instance_id", "joiner", "on_finished", "sent_ns", "slot", "takes_tensors")
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class WorkerBatch(RunningBatch):
         self.joiner = joiner
         self.takes_tensors = takes_tensors
         self.sent_ns = 0
+        self.busy_ns = 0
         self.on_finished = on_finished
 
     def fail(self, error: EnginehouseError) -> None:

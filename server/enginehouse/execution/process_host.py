@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from enginehouse.backend import Placement
+from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError, FailureReason, Unavailable
 from enginehouse.execution import messages as m
 from enginehouse.execution.contract import Batch
@@ -30,10 +31,13 @@ UNLOAD_TIMEOUT_S = 30.0
 """For a model's own last words."""
 
 
+QUICK_BATCH_NS = 1_000_000
+"""Below it the way between two batches is worth hiding: the next one waits in the worker already."""
+_SMOOTHING = 0.1
+
+
 class ProcessInstance:
     """An InstanceHandle over an instance in a worker; outlives the workers that it lives in."""
-
-    num_slots = 1
 
     def __init__(self, model: ProcessHostedModel, placement: Placement) -> None:
         self.name = placement.name
@@ -48,6 +52,13 @@ class ProcessInstance:
         self.idle = asyncio.Event()
         self.idle.set()
         self._running: set[WorkerBatch] = set()
+        self._may_stage = stages_batches(model.config)
+        self._batch_ns = float(QUICK_BATCH_NS)
+
+    @property
+    def num_slots(self) -> int:
+        """Two while batches are quick, so that one waits in the worker for the other's end."""
+        return 2 if self._may_stage and self._batch_ns < QUICK_BATCH_NS else 1
 
     @property
     def available(self) -> bool:
@@ -85,9 +96,17 @@ class ProcessInstance:
                 return
 
     def _on_finished(self, running: WorkerBatch) -> None:
+        self._batch_ns += _SMOOTHING * (running.busy_ns - self._batch_ns)
         self._running.discard(running)
         if not self._running:
             self.idle.set()
+
+
+def stages_batches(config: ModelConfig) -> bool:
+    """Only where nobody waits for a batch to fill, a sequence to go on, or a resource to come free."""
+    if config.HasField("dynamic_batching") or config.HasField("sequence_batching"):
+        return False
+    return not any(group.HasField("rate_limiter") for group in config.instance_group)
 
 
 class ProcessGenerative:
@@ -156,7 +175,7 @@ class HostProcess:
         self.is_solo = solo
         self.tenants: list[Tenant] = []
         self.worker: WorkerProcess | None = None
-        self._launch = launch
+        self.launch = launch
         self._desk = desk
         self._first_bytes = first_bytes
         self._closing = False
@@ -217,9 +236,9 @@ class HostProcess:
         if self.worker is None or not self.worker.alive:
             mode = "solo" if self.is_solo else "shared"
             self._closing = False
-            await self._spawner.prepare(self._launch)
+            await self._spawner.prepare(self.launch)
             self.worker = WorkerProcess(
-                self._spawner, self._launch, [mode], self.name, self._on_service, self._on_end, self._first_bytes
+                self._spawner, self.launch, [mode], self.name, self._on_service, self._on_end, self._first_bytes
             )
         return self.worker
 

@@ -23,6 +23,12 @@ from pathlib import Path
 from enginehouse.execution.nursery import PID, READY
 
 PACKAGE_ROOTS = [str(Path(__file__).parents[2])]
+_PATH_VARIABLE = "ENGINEHOUSE_WORKER_PATH"
+# In another environment the server's packages come after its own: they fill in what it lacks.
+_BOOTSTRAP = (
+    f"import os, runpy, sys; sys.path += os.environ.pop('{_PATH_VARIABLE}').split(os.pathsep); "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
 NURSERY_TIMEOUT_S = 20.0
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -31,17 +37,15 @@ _logger = logging.getLogger("enginehouse.execution")
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How to start a worker: with which interpreter, variables and search path."""
+    """How to start a worker: with which interpreter and variables."""
 
     interpreter: str = sys.executable
     variables: Mapping[str, str] = field(default_factory=dict)
-    search_path: Sequence[str] = ()
-    """Folders before the interpreter's own packages."""
 
     @property
     def is_plain(self) -> bool:
         """Whether the server's own environment is what the worker wants."""
-        return self.interpreter == sys.executable and not self.variables and not self.search_path
+        return self.interpreter == sys.executable and not self.variables
 
 
 class Child:
@@ -170,8 +174,9 @@ def _start_program(
     program: str, launch: Launch, channel: socket.socket, arguments: Sequence[str]
 ) -> subprocess.Popen[bytes]:
     module = f"enginehouse.execution.{program}"
+    start = ["-m", module] if launch.interpreter == sys.executable else ["-c", _BOOTSTRAP, module]
     return subprocess.Popen(
-        [launch.interpreter, "-m", module, str(channel.fileno()), str(os.getpid()), *arguments],
+        [launch.interpreter, *start, str(channel.fileno()), str(os.getpid()), *arguments],
         env=_environment(launch),
         pass_fds=(channel.fileno(),),
         stdin=subprocess.DEVNULL,
@@ -181,8 +186,11 @@ def _start_program(
 
 def _environment(launch: Launch) -> dict[str, str]:
     environment = {**os.environ, **launch.variables}
-    path = [*launch.search_path, *PACKAGE_ROOTS, *filter(None, [environment.get("PYTHONPATH", "")])]
-    environment["PYTHONPATH"] = os.pathsep.join(path)
+    given = list(filter(None, [environment.get("PYTHONPATH", "")]))
+    if launch.interpreter == sys.executable:
+        environment["PYTHONPATH"] = os.pathsep.join([*PACKAGE_ROOTS, *given])
+    else:
+        environment[_PATH_VARIABLE] = os.pathsep.join([*PACKAGE_ROOTS, *filter(None, sys.path)])
     return environment
 
 

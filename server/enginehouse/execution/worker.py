@@ -418,8 +418,8 @@ def leave() -> None:
 
 
 def main() -> None:
-    if sys.path[0] == os.getcwd():
-        del sys.path[0]  # python -m puts it there; a model shall not import what lies around
+    if sys.path[0] in ("", os.getcwd()):
+        del sys.path[0]  # the interpreter puts it there; a model shall not import what lies around
     descriptor, server_pid, mode = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     die_with(server_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
