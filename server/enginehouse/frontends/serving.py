@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from enginehouse.core import Core
+from enginehouse.frontends.cloud.sagemaker import SageMaker
+from enginehouse.frontends.cloud.vertex_ai import VertexAI
 from enginehouse.frontends.grpcio_transport import GrpcioServer
 from enginehouse.frontends.http_message import TEXT, HttpRequest, HttpResponse, Reply
 from enginehouse.frontends.http_routes import PathParts, Route, Router
@@ -16,7 +18,7 @@ from enginehouse.frontends.http_transport import HttpServer
 from enginehouse.frontends.kserve_grpc.health import HealthMethods
 from enginehouse.frontends.kserve_grpc.methods import v2_methods
 from enginehouse.frontends.kserve_grpc.reflection import SERVICES, reflection_pool
-from enginehouse.frontends.kserve_http.front_end import v2_routes
+from enginehouse.frontends.kserve_http.front_end import V2Handlers, v2_routes
 from enginehouse.frontends.kserve_http.infer import JSON_ALLOWANCE
 from enginehouse.frontends.openai.front_end import OpenAIFrontEnd, refuse_large
 from enginehouse.frontends.restricted_apis import RestrictedApis
@@ -79,6 +81,35 @@ def serve_grpc(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd
     return GrpcioServer(methods, options, SERVICES, reflection_pool())
 
 
+def serve_sagemaker(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:
+    inference = V2Handlers(core, options, regions)
+    handlers = {
+        "infer": inference.infer,
+        "generate": inference.generate,
+        "generate_stream": inference.generate_stream,
+    }
+    router = Router(SageMaker(core, handlers).routes(), RestrictedApis(options.http_restricted_api))
+    return HttpServer(
+        router.handle,
+        "SageMaker",
+        options.http_address,
+        options.sagemaker_port,
+        max_body_bytes=JSON_ALLOWANCE * options.http_max_input_size,
+    )
+
+
+def serve_vertex_ai(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:
+    routes = [*v2_routes(core, options, regions), metrics_route(core)]
+    router = Router(routes, RestrictedApis(options.http_restricted_api))
+    return HttpServer(
+        VertexAI(core, router, options.vertex_ai_default_model).handle,
+        "Vertex AI",
+        options.http_address,
+        options.vertex_ai_port,
+        max_body_bytes=JSON_ALLOWANCE * options.http_max_input_size,
+    )
+
+
 def metrics_route(core: Core) -> Route:
     async def metrics(http: HttpRequest, parts: PathParts) -> Reply:
         text: bytes = await core.metrics.scrape()
@@ -106,6 +137,10 @@ def front_ends(core: Core, options: ServerOptions) -> list[FrontEnd]:
         chosen.append(serve_http(core, options, regions))
     if options.allow_openai and options.openai_port is not None:
         chosen.append(serve_openai(core, options, options.openai_port))
+    if options.allow_sagemaker:
+        chosen.append(serve_sagemaker(core, options, regions))
+    if options.allow_vertex_ai:
+        chosen.append(serve_vertex_ai(core, options, regions))
     if options.allow_metrics:
         chosen.append(serve_metrics(core, options))
     return chosen

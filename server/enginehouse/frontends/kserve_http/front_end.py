@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enginehouse.core import Core
 from enginehouse.frontends.http_message import TEXT
-from enginehouse.frontends.http_routes import Route, Router
+from enginehouse.frontends.http_routes import Route, RouteHandler, Router
 from enginehouse.frontends.kserve_http.generate import GenerateHandler
 from enginehouse.frontends.kserve_http.infer import InferHandler
 from enginehouse.frontends.kserve_http.models import ModelHandlers
@@ -23,17 +23,25 @@ REPOSITORY = r"/v2/repository(?:/(?P<repository>[^/]+))?"
 REGION = r"(?:/region/(?P<region>[^/]+))?/(?P<action>status|register|unregister)"
 
 
+class V2Handlers:
+    """The handlers of inference, for routes of other names too."""
+
+    def __init__(self, core: Core, options: ServerOptions, regions: Regions) -> None:
+        forwarding, traces = HeaderForwarding(options.http_header_forward_pattern), RequestTraces(core, "HTTP")
+        generate = GenerateHandler(core, forwarding, traces)
+        self.infer: RouteHandler = InferHandler(core, regions, forwarding, traces, options.http_max_input_size).handle
+        self.generate: RouteHandler = generate.generate
+        self.generate_stream: RouteHandler = generate.generate_stream
+
+
 def v2_routes(core: Core, options: ServerOptions, regions: Regions) -> list[Route]:
     models, repository = ModelHandlers(core), RepositoryHandlers(core)
     settings, memory = SettingHandlers(core), SharedMemoryHandlers(regions)
-    forwarding = HeaderForwarding(options.http_header_forward_pattern)
-    traces = RequestTraces(core, "HTTP")
-    infer = InferHandler(core, regions, forwarding, traces, options.http_max_input_size)
-    generate = GenerateHandler(core, forwarding, traces)
+    inference = V2Handlers(core, options, regions)
     return [
-        Route(MODEL + "/infer", POST, Api.INFERENCE, infer.handle, not_allowed_type=TEXT),
-        Route(MODEL + "/generate", POST, Api.INFERENCE, generate.generate),
-        Route(MODEL + "/generate_stream", POST, Api.INFERENCE, generate.generate_stream),
+        Route(MODEL + "/infer", POST, Api.INFERENCE, inference.infer, not_allowed_type=TEXT),
+        Route(MODEL + "/generate", POST, Api.INFERENCE, inference.generate),
+        Route(MODEL + "/generate_stream", POST, Api.INFERENCE, inference.generate_stream),
         Route("/v2/health/live", GET, Api.HEALTH, models.live, TEXT, TEXT),
         Route("/v2/health/ready", GET, Api.HEALTH, models.ready, TEXT, TEXT),
         Route(MODEL + "/ready", GET, Api.HEALTH, models.model_ready, TEXT, TEXT),
