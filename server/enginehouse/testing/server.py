@@ -43,7 +43,7 @@ class ServerProcess:
         self._command = [
             *(sys.executable, "-m", "enginehouse", "serve"),
             *(f"--model-repository={path}" for path in repositories),
-            *("--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--allow-openai=false"),
+            *("--http-address=127.0.0.1", "--grpc-address=127.0.0.1"),
             *(f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"),
             f"--metrics-port={self.metrics_port}",
             *flags,
