@@ -18,13 +18,14 @@ from pathlib import Path
 from enginehouse import __version__
 from enginehouse.core import Core
 from enginehouse.errors import EnginehouseError
+from enginehouse.execution.backends import installed_backends
 from enginehouse.execution.hosts import ModelHosts, host_options
 from enginehouse.frontends.serving import FrontEnd, front_ends
 from enginehouse.observe.hosting_families import build_family, memory_families, version_families
 from enginehouse.observe.logs import LogSettings, ServerLogging, escaping_wanted, unescaped
 from enginehouse.observe.metrics import CacheReading, Metrics
 from enginehouse.observe.metrics_settings import MetricsSettings
-from enginehouse.observe.tables import models_table
+from enginehouse.observe.tables import backends_table, models_table, server_table
 from enginehouse.observe.tracing import TraceSettings
 from enginehouse.options import ModelControlMode, RateLimitMode, ServerOptions
 from enginehouse.repository.agents import Agents
@@ -111,9 +112,8 @@ class Server:
             if self.options.exit_on_error:
                 raise StartFailed("creating server: Internal - failed to load all models")
         self.core.started = True
-        index = self.core.index()
-        rows = [(entry.name, entry.version, entry.state, entry.reason) for entry in index]
-        logger.info("\n%s", models_table(rows), extra=unescaped())
+        for table in self._tables():
+            logger.info(table, extra=unescaped())
         if self.options.model_control_mode is ModelControlMode.POLL:
             following = follow(
                 self.source.watched_folders,
@@ -123,6 +123,15 @@ class Server:
             )
             self._watchers.append(asyncio.create_task(following, name="watch repositories"))
         self._watchers.append(asyncio.create_task(self._unload_idle(), name="unload idle models"))
+
+    def _tables(self) -> list[str]:
+        """What Triton prints when it has started."""
+        index = [(entry.name, entry.version, entry.state, entry.reason) for entry in self.core.index()]
+        return [
+            backends_table(installed_backends(), self.options),
+            models_table(index),
+            server_table(self.options, self.core.server_version, self.core.extensions),
+        ]
 
     async def stop(self) -> None:
         """Not ready first; then what was accepted is answered; then everything is given back."""

@@ -94,9 +94,7 @@ def usage(options: type) -> str:
         lines.append(f"  --{_dashed(field.name)} <{_argument(known.parse)}>{repeat}")
         note = f"Deprecated: use {known.deprecated}. " if known.deprecated else ""
         default = f" Default: {field.default}." if field.default not in ("", (), None) else ""
-        lines += textwrap.wrap(
-            f"{note}{known.help}{default}", 100, initial_indent=" " * 8, subsequent_indent=" " * 8
-        )
+        lines += textwrap.wrap(f"{note}{known.help}{default}", 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(line for group, lines in groups.items() for line in ("", f"{group}:", *lines))
 
 
@@ -117,6 +115,14 @@ def _flags_by_name(options: type) -> dict[str, tuple[str, Flag]]:
             for name in (_dashed(field.name), *known.aliases):
                 found[name] = (field.name, known)
     return found
+
+
+def _in_full(flags: Mapping[str, tuple[str, Flag]], name: str) -> str:
+    """A beginning that only one flag has stands for it, as with getopt: scripts for Triton rely on that."""
+    if name in flags:
+        return name
+    meant = {_canonical(flags, each) for each in flags if each.startswith(name)}
+    return meant.pop() if len(meant) == 1 else name
 
 
 def _known(flags: Mapping[str, tuple[str, Flag]], name: str, written: str) -> Flag:
@@ -140,6 +146,7 @@ def _read_arguments(flags: Mapping[str, tuple[str, Flag]], argv: Sequence[str]) 
         if not word.startswith("--"):
             raise OptionError(f"Unexpected argument: {word}")
         name, equals, value = word[2:].partition("=")
+        name = _in_full(flags, name)
         known = _known(flags, name, f"--{name}")
         if not equals:
             if known.parse is boolean and not _is_boolean(following):

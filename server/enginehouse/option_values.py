@@ -185,9 +185,7 @@ def restricted(flag: str, noun: str) -> Callable[[str], RestrictedGroup]:
         apis = tuple(names.split(","))
         for api in apis:
             if api not in RESTRICTABLE_APIS:
-                raise OptionError(
-                    f"unknown restricted {noun} '{api}' (there are: {', '.join(RESTRICTABLE_APIS)})"
-                )
+                raise OptionError(f"unknown restricted {noun} '{api}' (there are: {', '.join(RESTRICTABLE_APIS)})")
         return RestrictedGroup(apis, key, secret)
 
     return _with_form(f"{noun},{noun}:key=value", parse)
@@ -242,9 +240,7 @@ def memory_limit(value: str) -> MemoryLimit:
     """`cpu=8GiB`, `cuda:0=90%`."""
     device, equals, amount = value.rpartition("=")
     if not equals or not device:
-        raise OptionError(
-            f"--memory-limit option format is '<device>=<size>' or '<device>=<n>%'. Got {value}"
-        )
+        raise OptionError(f"--memory-limit option format is '<device>=<size>' or '<device>=<n>%'. Got {value}")
     if amount.endswith("%"):
         share = number(amount[:-1]) / 100
         if not 0 < share <= 1:
@@ -253,16 +249,23 @@ def memory_limit(value: str) -> MemoryLimit:
     return MemoryLimit(device, num_bytes=byte_size(amount))
 
 
+_LEADING_NUMBER = re.compile(r"\s*\d*\.?\d+")
+
+
+def _leading_number(text: str) -> float:
+    """What C reads of a number: trailing characters don't matter."""
+    match = _LEADING_NUMBER.match(text)
+    return number(match[0] if match else text)
+
+
 def quantiles(value: str) -> tuple[tuple[float, float], ...]:
     """`0.5:0.05,0.9:0.01`: quantile and allowed error."""
     pairs = []
     for part in value.split(","):
         quantile, colon, error = part.partition(":")
         if not colon:
-            raise OptionError(
-                f"expected summary quantiles as <quantile>:<error>,<quantile>:<error>, got {value}"
-            )
-        pairs.append((number(quantile), number(error)))
+            raise OptionError(f"expected summary quantiles as <quantile>:<error>,<quantile>:<error>, got {value}")
+        pairs.append((_leading_number(quantile), _leading_number(error)))
         if not (0 <= pairs[-1][0] <= 1 and 0 <= pairs[-1][1] <= 1):
             raise OptionError(f"quantile and error must be between 0 and 1, got {part}")
     return tuple(pairs)

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from enginehouse.testing.server import ServerProcess
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "model_repository"
-LINE = re.compile(r"[IWEV]\d{4} \d\d:\d\d:\d\d\.\d{6} \d+ [\w.]+:\d+\] ")
+LINE = re.compile(r"[IWE]\d{4} \d\d:\d\d:\d\d\.\d{6} \d+ [\w.]+:\d+\] ")
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,6 @@ def test_ports_of_the_manifests_are_those_of_the_flags() -> None:
         "http": options.http_port,
         "grpc": options.grpc_port,
         "metrics": options.metrics_port,
-        "openai": options.openai_port,
     }
     assert {each["name"] for each in service["spec"]["ports"]} == set(ports)
 

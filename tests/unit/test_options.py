@@ -60,6 +60,12 @@ def test_booleans_may_stand_alone(argv: list[str], expected: bool) -> None:
     assert parse(*argv).allow_grpc is expected
 
 
+def test_a_beginning_that_only_one_flag_has_stands_for_it() -> None:
+    assert not parse("--log-warn=false").log_warning
+    assert parse("--model-repo", "/a").model_repository == ("/a",)
+    assert "unrecognized option '--http'" in refusal("--http=1")
+
+
 def test_repeated_flags_and_aliases_collect() -> None:
     options = parse("--model-repository=/a", "--model-store", "/b", "--load-model=x", "--load-model=y")
     assert options.model_repository == ("/a", "/b")

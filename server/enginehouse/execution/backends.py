@@ -65,6 +65,11 @@ def find_backend(name: str, directories: Sequence[Path] = ()) -> BackendSource:
     return BackendSource(name, installed[name])
 
 
+def installed_backends() -> dict[str, str]:
+    """What packages provide, by name: `module:attribute`."""
+    return dict(_installed_targets())
+
+
 @functools.cache
 def _installed_targets() -> dict[str, str]:
     """By name. Asked once a process: reading every installed package's metadata takes 20 ms of the loop."""

@@ -71,6 +71,7 @@ class GrpcioServer:
             ) from None
         await server.start()
         self._server = server
+        _logger.info("Started GRPCInferenceService at %s:%s", options.grpc_address, self.port)
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Takes no new calls, lets those in flight end, then cancels them."""

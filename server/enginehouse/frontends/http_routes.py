@@ -5,6 +5,7 @@ Order of the checks as clients of Triton see it: unknown path 404, restricted 40
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from enginehouse.frontends.http_message import (
 )
 from enginehouse.frontends.restricted_apis import Api, RestrictedApis
 from enginehouse.frontends.wire_errors import as_wire_error
+
+logger = logging.getLogger(__name__)
 
 PathParts: TypeAlias = Mapping[str, str]
 RouteHandler: TypeAlias = Callable[[HttpRequest, PathParts], Awaitable[Reply]]
@@ -76,6 +79,8 @@ class Router:
 
     async def handle(self, request: HttpRequest) -> Reply:
         """The answer, whatever happens in a handler."""
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("HTTP request: %s %s", request.method, request.path)
         found = self.find(request.path)
         if found is None:
             return NOT_FOUND

@@ -87,6 +87,8 @@ class HttpServer:
                 f"already in use ({error.strerror})"
             ) from None
         self.port = self._listener.sockets[0].getsockname()[1]
+        title = "HTTPService" if self._name == "HTTP" else f"{self._name} Service"
+        _logger.info("Started %s at %s:%s", title, self._address, self.port)
         self._sweep = loop.call_later(_STALL_S / 2, self._close_stalled, loop)
 
     async def stop(self, grace_s: float = 5.0) -> None:

@@ -23,7 +23,6 @@ from enginehouse.options import ServerOptions
 
 ROOT_LOGGERS = ("enginehouse", "enginehouse_backends")
 _LETTERS = {logging.INFO: "I", logging.WARNING: "W", logging.ERROR: "E"}
-_NAMES = {"I": "INFO", "W": "WARNING", "E": "ERROR", "V": "VERBOSE"}
 _FORMATS = {"default": "default", "ISO8601": "ISO8601", "json": "json"}
 _FILE_IS_FIXED = "log file location can not be updated through network protocol"
 
@@ -161,12 +160,12 @@ class LineFormatter(logging.Formatter):
         self._pid = os.getpid()
 
     def format(self, record: logging.LogRecord) -> str:
-        letter = _LETTERS.get(record.levelno, "E" if record.levelno > logging.ERROR else "V")
+        letter = _LETTERS.get(record.levelno, "E" if record.levelno > logging.ERROR else "I")
         message = record.getMessage()
         if record.exc_info and record.exc_info[0] is not None:
             message = f"{message}\n{self.formatException(record.exc_info)}"
         if self._settings.format_name == "json":
-            return self._json(record, letter, message)
+            return self._json(record, message)
         if getattr(record, "unescaped", False):
             message = f"\n{message}\n"
         elif self._settings.escape:
@@ -181,10 +180,10 @@ class LineFormatter(logging.Formatter):
         microseconds = int(record.created % 1 * 1e6)
         return f"{letter}{time.strftime('%m%d %H:%M:%S', seconds)}.{microseconds:06d} {place}"
 
-    def _json(self, record: logging.LogRecord, letter: str, message: str) -> str:
+    def _json(self, record: logging.LogRecord, message: str) -> str:
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
-            "level": _NAMES[letter],
+            "level": record.levelname if record.levelno >= logging.INFO else "VERBOSE",
             "pid": self._pid,
             "file": record.filename,
             "line": record.lineno,

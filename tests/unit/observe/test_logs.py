@@ -20,9 +20,10 @@ from enginehouse.observe.logs import (
     unescaped,
     verbose,
 )
-from enginehouse.observe.tables import models_table, options_table, table
+from enginehouse.observe.tables import backends_table, models_table, options_table, server_table, table
+from enginehouse.options import parse_options
 
-LINE = re.compile(r"([IWEV])(\d{4}) (\d\d:\d\d:\d\d\.\d{6}) (\d+) ([\w.]+):(\d+)\] (.*)", re.DOTALL)
+LINE = re.compile(r"([IWE])(\d{4}) (\d\d:\d\d:\d\d\.\d{6}) (\d+) ([\w.]+):(\d+)\] (.*)", re.DOTALL)
 logger = logging.getLogger("enginehouse.tests")
 
 
@@ -70,14 +71,10 @@ def test_escaping_can_be_switched_off(capsys: pytest.CaptureFixture[str]) -> Non
 def test_iso8601(capsys: pytest.CaptureFixture[str], settings: LogSettings) -> None:
     settings.apply_json({"log_format": "ISO8601"})
     logger.info("x")
-    assert re.fullmatch(
-        r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ I \d+ test_logs\.py:\d+\] "x"\n', capsys.readouterr().out
-    )
+    assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ I \d+ test_logs\.py:\d+\] "x"\n', capsys.readouterr().out)
 
 
-def test_json_lines_carry_fields_and_tracebacks(
-    capsys: pytest.CaptureFixture[str], settings: LogSettings
-) -> None:
+def test_json_lines_carry_fields_and_tracebacks(capsys: pytest.CaptureFixture[str], settings: LogSettings) -> None:
     settings.apply_json({"log_format": "json"})
     try:
         raise ValueError("boom")
@@ -102,7 +99,7 @@ def test_verbose_lines_need_their_level(capsys: pytest.CaptureFixture[str], sett
     logger.log(verbose(2), "two")
     logger.log(verbose(3), "three")
     out = capsys.readouterr().out
-    assert out.startswith("V")
+    assert out.startswith("I")  # Triton has no letter of its own for them
     assert "two" in out
     assert "three" not in out
     assert "unseen" not in out
@@ -204,6 +201,25 @@ def test_start_up_tables() -> None:
     assert any("UNAVAILABLE: Internal: boom" in line for line in lines)
     assert any("| c     | -       | Not loaded: no version" in line for line in lines)
     assert len({len(line) for line in lines}) == 1
-    assert "| model_repository_path[1] | /b" in options_table(
-        {"model_repository_path": ["/a", "/b"], "ready": True}
-    )
+    assert "| model_repository_path[1] | /b" in options_table({"model_repository_path": ["/a", "/b"], "ready": True})
+
+
+def test_the_server_says_what_it_runs_with() -> None:
+    argv = ["--model-repository=/a", "--model-repository=/b", "--model-control-mode=explicit", "--load-model=m"]
+    argv += ["--rate-limit=execution_count", "--backend-config=python,x=1", "--memory-limit=cpu=50%"]
+    options = parse_options(argv, {})
+    text = server_table(options, "1.2.3", ["statistics", "trace"])
+    for row in (
+        ("model_repository_path[1]", "/b"),
+        ("model_control_mode", "MODE_EXPLICIT"),
+        ("startup_models_0", "m"),
+        ("rate_limit", "EXEC_COUNT"),
+        ("strict_readiness", "1"),
+        ("memory_limit[0]", "cpu=50%"),
+    ):
+        assert any(
+            line.split("|")[1:3] and tuple(cell.strip() for cell in line.split("|")[1:3]) == row
+            for line in text.splitlines()
+            if line.startswith("|")
+        ), row
+    assert '{"cmdline": {"x": "1"}}' in backends_table({"python": "module:Class"}, options)

@@ -146,6 +146,10 @@ def test_summaries_have_the_quantiles_that_were_asked_for() -> None:
     assert 'nv_inference_compute_infer_summary_us{model="m",version="1",quantile="0.5"}' not in found
 
 
+def test_quantiles_are_read_as_c_reads_numbers() -> None:
+    assert settings("summary_quantiles=0.1:0.0.1,0.7:0.01").quantiles == ((0.1, 0.0), (0.7, 0.01))
+
+
 def test_first_response_buckets_are_the_models_choice() -> None:
     metrics = Metrics(settings("histogram_latencies=true"))
     control = {
