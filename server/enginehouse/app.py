@@ -57,7 +57,7 @@ class Server:
 
     def __init__(self, options: ServerOptions, logs: ServerLogging) -> None:
         self.options = options
-        self.registry = Registry()
+        self.registry = Registry(has_namespaces=options.model_namespacing)
         self.metrics = Metrics(MetricsSettings.from_options(options))
         self.core = Core(
             self.registry,
@@ -72,6 +72,7 @@ class Server:
             variant=options.model_config_name,
             complete_configs=options.complete_configs,
             agents=Agents(Path(options.repoagent_directory) if options.repoagent_directory else None),
+            has_namespaces=options.model_namespacing,
         )
         self.cache = make_cache(options.caches, options.cache_directory)
         if self.cache is not None:
@@ -174,7 +175,7 @@ class Server:
             names = await asyncio.to_thread(self.source.names)
         except EnginehouseError as error:
             raise StartFailed(f"creating server: {error.code.value} - {error}") from error
-        wanted = self._names_at_start(names)
+        wanted = [key for name in self._names_at_start(names) for key in self.source.keys_of(name)]
         lazy = [name for name in wanted if await asyncio.to_thread(self.source.is_on_demand, name)]
         for name in lazy:
             self.lifecycle.list_on_demand(name)

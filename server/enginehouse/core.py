@@ -92,7 +92,7 @@ class Core:
         """
         if self.registry.is_ready(name, version):
             return True
-        record = self.registry.models.get(name)
+        record = self.registry.models.get(self.registry.resolve(name))
         return record is not None and record.on_demand and record.default is None and not version
 
     async def model_answers_ready(self, name: str, version: str = "") -> bool:
@@ -113,7 +113,7 @@ class Core:
     async def loaded_model(self, name: str, version: str = "") -> ServedVersion:
         """As `model`; loads a model that is to be loaded on demand."""
         if self._must_load(name):
-            await self._lifecycle.load(name)
+            await self._lifecycle.load(self.registry.resolve(name))
         return self.registry.find(name, version)
 
     def index(self, repository: str = "", ready_only: bool = False) -> list[IndexEntry]:
@@ -125,12 +125,21 @@ class Core:
         """Raises Unavailable where the control mode forbids it."""
         self._check_control()
         override = Override(config, files or {}) if config is not None or files else None
-        # A client that goes away must not leave a model half loaded.
-        await asyncio.shield(self._lifecycle.load(name, override))
+        for key in await self._keys_of(name):
+            # A client that goes away must not leave a model half loaded.
+            await asyncio.shield(self._lifecycle.load(key, override))
 
     async def unload(self, name: str, unload_dependents: bool = False) -> None:
         self._check_control()
-        await asyncio.shield(self._lifecycle.unload(name, unload_dependents))
+        for key in await self._keys_of(name):
+            await asyncio.shield(self._lifecycle.unload(key, unload_dependents))
+
+    async def _keys_of(self, name: str) -> list[str]:
+        """With namespaces a name may mean several models."""
+        if not self.registry.has_namespaces:
+            return [name]
+        found: list[str] = await asyncio.to_thread(self.source.keys_of, name)
+        return found
 
     def statistics(self, name: str = "", version: str = "") -> list[Any]:
         """inference.ModelStatistics messages. Raises InvalidArgument if there is no such ready model."""
@@ -182,12 +191,12 @@ class Core:
             raise
 
     def _must_load(self, name: str) -> bool:
-        record = self.registry.models.get(name)
+        record = self.registry.models.get(self.registry.resolve(name))
         return record is not None and record.on_demand and record.default is None
 
     def _hold_until_loaded(self, request: InferRequest) -> None:
         """Keeps the request while its model loads; the first one starts the load."""
-        name = request.model_name
+        name = self.registry.resolve(request.model_name)
         waiting = self._waiting_for_load.get(name)
         if waiting is not None:
             waiting.append(request)

@@ -77,14 +77,15 @@ class Metrics:
         self, config: ModelConfig, version: int, *, has_cache: bool = False, namespace: str = ""
     ) -> ModelStatistics:
         """Counts for a version that is about to serve. `has_cache`: its answers may come from a cache."""
-        labels = {"model": config.name, "version": str(version)}
+        name = config.name.removeprefix(f"{namespace}::") if namespace else config.name
+        labels = {"model": name, "version": str(version)}
         labels |= {f"_{key}": value for key, value in config.metric_tags.items()}
         if namespace:
             labels["namespace"] = namespace
         labels = sorted_labels(labels)
         now_ns = time.monotonic_ns()
         statistics = ModelStatistics(
-            config.name,
+            name,
             str(version),
             failures=self._failures.setdefault(tuple(labels.items()), new_failure_counts()),
             first_response=self._first_response(config),

@@ -9,6 +9,14 @@ from pathlib import Path
 from enginehouse.config.schema import ModelConfig
 from enginehouse.repository.agents import AgentChain
 
+NAMESPACE_END = "::"
+"""With namespaces, models are known by `<repository>::<name>`, so that names may repeat."""
+
+
+def plain_name(name: str) -> str:
+    """As clients say it, without a namespace."""
+    return name.rpartition(NAMESPACE_END)[2]
+
 
 class PollError(Exception):
     """The model can't be found or its config can't be read; the text says which and where."""
@@ -25,6 +33,7 @@ class Override:
 @dataclass(frozen=True, slots=True)
 class ModelDefinition:
     name: str
+    """With its namespace where there are namespaces."""
     directory: Path
     """Local: config and version folders, or itself the only version's folder."""
     config: ModelConfig

@@ -13,6 +13,7 @@ from typing import Any
 
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import InvalidArgument, NotFound, Unavailable
+from enginehouse.repository.definition import plain_name
 from enginehouse.types import TensorSpec
 
 LATEST = -1
@@ -74,6 +75,11 @@ class ServedVersion:
     keeper: Any = None
     """Keeps the folder that it was loaded from."""
 
+    @property
+    def key(self) -> str:
+        """What the registry has it under: the name, with its namespace where there are namespaces."""
+        return self.config.name or self.name
+
 
 @dataclass(slots=True)
 class VersionRecord:
@@ -99,8 +105,9 @@ class ModelRecord:
 class Registry:
     """The one owner of version states. Everything else asks it or tells it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_namespaces: bool = False) -> None:
         self.models: dict[str, ModelRecord] = {}
+        self.has_namespaces = has_namespaces
 
     # --- lookups
 
@@ -110,7 +117,23 @@ class Registry:
             record = self.models.get(name)
             if record is not None and record.default is not None:
                 return record.default
-        return self._find_number(name, parse_version(version))
+        return self._find_number(self.resolve(name), parse_version(version))
+
+    def resolve(self, name: str) -> str:
+        """What a name without namespace means: itself, or the only model of that name in a namespace.
+
+        Raises InvalidArgument if it could be several.
+        """
+        if not self.has_namespaces or name in self.models:
+            return name
+        meant = [key for key in self.models if plain_name(key) == name]
+        live = [key for key in meant if self.models[key].default is not None or self.models[key].on_demand] or meant
+        if len(live) > 1:
+            raise InvalidArgument(
+                f"There are {len(live)} identifiers of model '{name}' in global map, model namespace must be "
+                "provided to resolve ambiguity."
+            )
+        return live[0] if live else name
 
     def _find_number(self, name: str, number: int) -> ServedVersion:
         record = self.models.get(name)
@@ -129,7 +152,7 @@ class Registry:
 
     def is_ready(self, name: str, version: str = "") -> bool:
         number = parse_version(version)
-        record = self.models.get(name)
+        record = self.models.get(self.resolve(name))
         if record is None:
             return False
         if number == LATEST:
@@ -143,7 +166,7 @@ class Registry:
         )
 
     def ready_versions(self, name: str) -> list[ServedVersion]:
-        record = self.models.get(name)
+        record = self.models.get(self.resolve(name))
         return [] if record is None else _ready(record)
 
     def all_ready(self) -> Iterator[ServedVersion]:
@@ -165,15 +188,16 @@ class Registry:
         entries: list[IndexEntry] = []
         for name in names:
             record = self.models.get(name)
+            shown = plain_name(name) if self.has_namespaces else name
             if record is None:
                 if not ready_only:
-                    entries.append(IndexEntry(name))
+                    entries.append(IndexEntry(shown))
                 continue
             if record.on_demand and not record.versions and not ready_only:
-                entries.append(IndexEntry(name, reason="on demand: loaded by its first request"))
+                entries.append(IndexEntry(shown, reason="on demand: loaded by its first request"))
             for number, entry in sorted(record.versions.items()):
                 if not ready_only or entry.state is VersionState.READY:
-                    entries.append(IndexEntry(name, str(number), entry.state.value, entry.reason))
+                    entries.append(IndexEntry(shown, str(number), entry.state.value, entry.reason))
         return entries
 
     # --- changes

@@ -18,7 +18,7 @@ from enginehouse.execution.contract import HostedModel, HostHealth, HostState
 from enginehouse.execution.hosts import ModelHosts
 from enginehouse.execution.placement import placements, with_explicit_groups
 from enginehouse.observe.metrics import Metrics
-from enginehouse.repository.definition import ModelDefinition
+from enginehouse.repository.definition import NAMESPACE_END, ModelDefinition, plain_name
 from enginehouse.repository.registry import Registry, ServedVersion, VersionState
 from enginehouse.request_checks import RequestChecks
 from enginehouse.scheduling.build import build_scheduler, may_cache
@@ -128,7 +128,7 @@ class Serving:
     def _describe(self, config: ModelConfig, version: int, labels: Mapping[str, Sequence[str]]) -> ServedVersion:
         checks = RequestChecks(config)
         return ServedVersion(
-            name=config.name,
+            name=plain_name(config.name) if self._registry.has_namespaces else config.name,
             version=version,
             config=config,
             inputs={spec.name: spec for spec in tensors.request_inputs(config)},
@@ -138,7 +138,10 @@ class Serving:
             checks=checks,
             reshapes_outputs=checks.reshapes_outputs,
             statistics=self._metrics.open_model(
-                config, version, has_cache=self._cache is not None and may_cache(config)
+                config,
+                version,
+                has_cache=self._cache is not None and may_cache(config),
+                namespace=config.name.rpartition(NAMESPACE_END)[0] if self._registry.has_namespaces else "",
             ),
         )
 
@@ -198,10 +201,10 @@ class Serving:
         if served.scheduler is not None and served.hosted is not None:
             served.scheduler.set_instances(served.hosted.instances)
         if health.state is HostState.FAILED and self._serves(served):
-            self._registry.set_state(served.name, served.version, VersionState.UNAVAILABLE, health.reason, served)
+            self._registry.set_state(served.key, served.version, VersionState.UNAVAILABLE, health.reason, served)
 
     def _serves(self, served: ServedVersion) -> bool:
-        record = self._registry.models.get(served.name)
+        record = self._registry.models.get(served.key)
         entry = record.versions.get(served.version) if record is not None else None
         return entry is not None and entry.served is served
 

@@ -15,7 +15,7 @@ from enginehouse.config import completion, reading, validation
 from enginehouse.config.schema import ModelConfig, ModelServing
 from enginehouse.errors import EnginehouseError
 from enginehouse.repository.agents import AgentChain, Agents
-from enginehouse.repository.definition import ModelDefinition, Override, PollError
+from enginehouse.repository.definition import NAMESPACE_END, ModelDefinition, Override, PollError, plain_name
 from enginehouse.repository.layout import Entry, belongs_to, files_of, models_in, pick_versions, version_folders
 from enginehouse.repository.storage import LocalRoot, Root
 
@@ -56,11 +56,13 @@ class Repositories:
         variant: str = "",
         complete_configs: bool = True,
         agents: Agents | None = None,
+        has_namespaces: bool = False,
     ) -> None:
         self.roots: list[Root] = [LocalRoot(root) if isinstance(root, Path) else root for root in roots]
         self._variant = variant
         self._complete_configs = complete_configs
         self._agents = agents or Agents()
+        self._has_namespaces = has_namespaces
         self._overrides: dict[str, _KeptOverride] = {}
         self._prepared: dict[str, tuple[str, AgentChain]] = {}
 
@@ -70,17 +72,20 @@ class Repositories:
         return [root.watched_folder for root in self.roots if root.watched_folder is not None]
 
     def names(self) -> list[str]:
-        found: set[str] = set()
-        for root in self.roots:
-            found.update(models_in(root.entries()))
-        return sorted(found)
+        return sorted({self._key(root, name) for root in self.roots for name in models_in(root.entries())})
 
     def known_names(self) -> list[str]:
         """As last seen: never waits for a network."""
-        found: set[str] = set()
-        for root in self.roots:
-            found.update(models_in(root.known_entries()))
-        return sorted(found)
+        return sorted({self._key(root, name) for root in self.roots for name in models_in(root.known_entries())})
+
+    def keys_of(self, name: str) -> list[str]:
+        """The models that a name means: with namespaces, those of that name in all of them."""
+        if not self._has_namespaces or NAMESPACE_END in name:
+            return [name]
+        return [self._key(root, name) for root in self.roots if root.find(name) is not None] or [name]
+
+    def _key(self, root: Root, name: str) -> str:
+        return f"{root.url}{NAMESPACE_END}{name}" if self._has_namespaces else name
 
     def poll(self, name: str, override: Override | None) -> ModelDefinition:
         try:
@@ -96,7 +101,7 @@ class Repositories:
             root, entry = self._holder(name)
             if not entry.is_folder:
                 return False
-            peeked = root.peek(entry, name)
+            peeked = root.peek(entry, plain_name(name))
             read = reading.read_config(peeked.folder, self._variant)
         except (PollError, EnginehouseError):
             return False
@@ -118,7 +123,9 @@ class Repositories:
         return definition
 
     def _holder(self, name: str) -> tuple[Root, Entry]:
-        holders = [(root, entry) for root in self.roots if (entry := root.find(name)) is not None]
+        namespace, end, plain = name.rpartition(NAMESPACE_END) if self._has_namespaces else ("", "", name)
+        roots = [root for root in self.roots if not end or root.url == namespace]
+        holders = [(root, entry) for root in roots if (entry := root.find(plain)) is not None]
         if not holders:
             looked = ", ".join(root.url for root in self.roots)
             raise PollError(f"no model '{name}' in {looked}")
@@ -129,7 +136,7 @@ class Repositories:
 
     def _find(self, name: str) -> _Found:
         root, entry = self._holder(name)
-        brought = root.bring(entry, name)
+        brought = root.bring(entry, plain_name(name) if self._has_namespaces else name)
         bare_file = None if entry.is_folder else entry
         if bare_file is not None and (brought.folder / "1").is_dir():
             raise PollError(f"the file '{entry.name}' can't be a model beside a folder named '1'")
@@ -153,10 +160,13 @@ class Repositories:
         written = self._read_config(found, content)
         chain = self._prepare(found, written, fingerprint)
         folder = chain.folder if chain is not None else found.folder
-        config = completion.at_poll(written, folder, found.name)
-        validation.validate(config, found.name)
+        plain = plain_name(found.name) if self._has_namespaces else found.name
+        config = completion.at_poll(written, folder, plain)
+        validation.validate(config, plain)
         if not self._complete_configs:
             validation.validate_tensors(config)
+        if self._has_namespaces:
+            self._enter_namespace(config, found.name)
         bare = {1: folder} if found.bare_file is not None else None
         versions = pick_versions(config, bare or version_folders(folder, config))
         fingerprints = {
@@ -165,6 +175,17 @@ class Repositories:
         return ModelDefinition(
             found.name, folder, config, sorted(versions), fingerprints, (found.keeper, chain), found.place, chain
         )
+
+    def _enter_namespace(self, config: ModelConfig, key: str) -> None:
+        """Its own name and its members' get their namespaces: an ensemble takes those beside it first."""
+        config.name = key
+        namespace = key.rpartition(NAMESPACE_END)[0]
+        for step in config.ensemble_scheduling.step:
+            keys = self.keys_of(step.model_name)
+            beside = f"{namespace}{NAMESPACE_END}{step.model_name}"
+            chosen = beside if beside in keys else keys[0] if len(keys) == 1 else step.model_name
+            step.model_namespace, _, _ = chosen.rpartition(NAMESPACE_END)
+            step.model_name = chosen
 
     def _read_config(self, found: _Found, content: str | None) -> ModelConfig:
         if content is not None:
