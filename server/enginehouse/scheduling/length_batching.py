@@ -24,6 +24,8 @@ MAX_WINDOW = 128
 """How far to look down the queue: requests for each row of a full batch, and at most."""
 AGE_EXPONENT = 0.15
 """By simulation (uniform lengths, 64 clients): with 0 the throughput is 2 % higher and p99 25 %."""
+WORTH_OVERTAKING = 1.03
+"""Company for the head overtakes others: where batching gains less than this, they keep their order."""
 DEFAULT_OVERHEAD = 64.0
 """Tokens; until it is learned."""
 
@@ -85,6 +87,7 @@ class LengthBatching:
         allowed = (lasts < count) & (starts <= head) & (lasts >= head) & (num_rows <= self.plain.max_rows)
         allowed &= (1 - _between(tokens, starts, within) / size <= self.max_waste) | (starts == lasts)
         score = _between(values, starts, within) / (self.cost.overhead(DEFAULT_OVERHEAD) + size)
+        score[head, 0] *= WORTH_OVERTAKING
         scores: Array = np.where(allowed, score, -1.0)
         return scores
 
