@@ -88,6 +88,8 @@ class Runner(ABC):
 
     max_wanted: int
     """Most rows whose logits a step may want."""
+    block_size: int
+    """Tokens in a KV block."""
     weight_bytes: int
     workspace_bytes: int
 

@@ -43,7 +43,7 @@ class CpuRunnerSettings:
     """Most rows of a step."""
     max_wanted: int
     max_positions: int
-    block_size: int = 16
+    block_size: int = 32
     num_threads: int = 1
     native: bool = True
     """False leaves the native kernels out, for comparison."""
@@ -77,7 +77,7 @@ class CpuRunner(Runner):
         on_loaded: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
         """Loads the weights. Raises an EnginehouseError for a checkpoint that doesn't fit the architecture."""
-        self.max_wanted = settings.max_wanted
+        self.max_wanted, self.block_size = settings.max_wanted, settings.block_size
         torch.set_num_threads(settings.num_threads)
         self._executor = _make_executor(architecture, checkpoint, settings, on_loaded)
         self.is_native = isinstance(self._executor, _NativeExecutor)

@@ -23,7 +23,7 @@ from enginehouse_backends.llm.waiting_queue import WaitingQueue
 class SchedulerLimits:
     """`target_itl_s` is for a step that also decodes; 0 lets prompts add as much again as decoding takes."""
 
-    block_size: int = 16
+    block_size: int = 32
     max_running: int = 64
     max_batched_tokens: int = 512
     min_chunk_tokens: int = 16

@@ -46,8 +46,9 @@ class Sequences:
         self.runner, self.ids = runner, ids.to(torch.int32)
         assert runner._arena is not None
         self.arena: Arena = runner._arena
-        blocks = np.random.default_rng(0).permutation(4 * NUM_SLOTS * 16).astype(np.int32)
-        blocks = blocks[: NUM_SLOTS * MAX_POSITIONS // 16].reshape(NUM_SLOTS, -1)
+        wanted = NUM_SLOTS * MAX_POSITIONS // runner.block_size
+        blocks = np.random.default_rng(0).permutation(2 * wanted).astype(np.int32)[:wanted]
+        blocks = blocks.reshape(NUM_SLOTS, -1)
         self.table = self.arena.places(blocks, runner.block_bytes)
 
     def compute(self, pieces: list[tuple[int, int, int]]) -> list[torch.Tensor]:
@@ -73,7 +74,8 @@ class Sequences:
 
 
 @pytest.mark.parametrize(
-    ("name", "native"), [(name, native) for name in CONFIGS for native in (True, False) if not native or is_native(name)]
+    ("name", "native"),
+    [(name, native) for name in CONFIGS for native in (True, False) if not native or is_native(name)],
 )
 def test_logits_equal_those_of_transformers(name: str, native: bool, tmp_path: Path) -> None:
     reference = save_reference(name, tmp_path)

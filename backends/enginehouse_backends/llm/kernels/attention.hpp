@@ -1,8 +1,9 @@
 // Rotary embedding, writing keys and values into blocks, and attention over blocks (flash attention by tiles).
 //
 // A block holds kBlock tokens of all layers: [layer][kv head]{ keys [dim][token], values [token][dim] }; bf16
-// keeps pairs (of dims, of tokens) side by side. Tiles start at multiples of kTile whatever the query, and sums
-// go in the order of positions: a row's result doesn't depend on the others of its step.
+// keeps pairs (of dims, of tokens) side by side. What lies together is read together: memory gives half its
+// bandwidth to pieces under 16 KiB. Sums go block by block in the order of positions, so that a row's result
+// doesn't depend on the others of its step.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -11,9 +12,10 @@
 
 namespace eh {
 
-constexpr int kBlock = 16;
-constexpr int kTile = 128;
-constexpr int kRowTile = 8;
+constexpr int kBlock = 32;
+constexpr int kBlockVecs = kBlock / kLanes;
+constexpr int kRowTile = 8;    // rows (query, head) that pass a block together
+constexpr int kItemTiles = 8;  // row tiles of a piece of work
 constexpr long kPlaceBytes = 256;
 constexpr int kMaxDim = 512;
 
@@ -83,71 +85,60 @@ inline void turn_and_write(const Sequences& s, const AttentionShape& a, long t, 
   }
 }
 
-constexpr int kBlockVecs = kBlock / kLanes > 0 ? kBlock / kLanes : 1;
-
-// scores[r][0:kBlock] of kRows query rows against one block of keys. Even and odd dims are summed apart.
+// scores[r][0:kBlock] of kRows query rows against one block of keys.
 template <int kRows>
-inline void score_block(const float* const* q, const float* keys, const float* next, int dim, float (*scores)[kTile]) {
-  Vec acc[2][kRows][kBlockVecs] = {};
-  for (int d = 0; d < dim; d += 2)
-    for (int odd = 0; odd < 2; ++odd) {
-      __builtin_prefetch(next + (d + odd) * kBlock);
-      for (int v = 0; v < kBlockVecs; ++v) {
-        const Vec key = load(keys + (d + odd) * kBlock + v * kLanes);
-        for (int r = 0; r < kRows; ++r) acc[odd][r][v] += q[r][d + odd] * key;
-      }
+inline void score_block(const float* const* q, const float* keys, int dim, float (*scores)[kBlock]) {
+  Vec acc[kRows][kBlockVecs] = {};
+  for (int d = 0; d < dim; ++d)
+    for (int v = 0; v < kBlockVecs; ++v) {
+      const Vec key = load(keys + d * kBlock + v * kLanes);
+      for (int r = 0; r < kRows; ++r) acc[r][v] += q[r][d] * key;
     }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kBlockVecs; ++v) store(scores[r] + v * kLanes, acc[0][r][v] + acc[1][r][v]);
+    for (int v = 0; v < kBlockVecs; ++v) store(scores[r] + v * kLanes, acc[r][v]);
 }
 template <int kRows>
-inline void score_block(const bf16* const* q, const bf16* keys, const bf16* next, int dim, float (*scores)[kTile]) {
-  Vec acc[2][kRows][kBlockVecs] = {};
-  for (int d = 0; d < dim; d += 2) {
-    const int odd = d / 2 % 2;
-    __builtin_prefetch(next + d * kBlock);
+inline void score_block(const bf16* const* q, const bf16* keys, int dim, float (*scores)[kBlock]) {
+  Vec acc[kRows][kBlockVecs] = {};
+  for (int d = 0; d < dim; d += 2)
     for (int v = 0; v < kBlockVecs; ++v) {
       const VecBits key = load_bits(keys + d * kBlock + 2 * v * kLanes);
       for (int r = 0; r < kRows; ++r) {
         uint32_t pair;
         std::memcpy(&pair, q[r] + d, 4);
-        acc[odd][r][v] = add_pairs(acc[odd][r][v], key, pair);
+        acc[r][v] = add_pairs(acc[r][v], key, pair);
       }
     }
-  }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kBlockVecs; ++v) store(scores[r] + v * kLanes, acc[0][r][v] + acc[1][r][v]);
+    for (int v = 0; v < kBlockVecs; ++v) store(scores[r] + v * kLanes, acc[r][v]);
 }
 
-// out[r][d0 : d0 + kVecs * kLanes] += weights[r] · values over the first `count` tokens of the tile.
+// out[r][d0 : d0 + kVecs * kLanes] += weights[r] · values over the first `count` tokens of a block.
 template <int kRows, int kVecs>
-inline void add_values(const float (*weights)[kTile], const float* const* values, int dim, int d0, int count,
+inline void add_values(const float (*weights)[kBlock], const float* values, int dim, int d0, int count,
                        float* const* out) {
   Vec acc[kRows][kVecs];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVecs; ++v) acc[r][v] = load(out[r] + d0 + v * kLanes);
-  for (int t = 0; t < count; ++t) {
-    const float* row = values[t / kBlock] + value_index(values[0], dim, d0, t % kBlock);
+  for (int t = 0; t < count; ++t)
     for (int v = 0; v < kVecs; ++v) {
-      const Vec value = load(row + v * kLanes);
+      const Vec value = load(values + t * dim + d0 + v * kLanes);
       for (int r = 0; r < kRows; ++r) acc[r][v] += weights[r][t] * value;
     }
-  }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVecs; ++v) store(out[r] + d0 + v * kLanes, acc[r][v]);
 }
 template <int kRows, int kVecs>
-inline void add_values(const bf16 (*weights)[kTile], const bf16* const* values, int dim, int d0, int count,
+inline void add_values(const bf16 (*weights)[kBlock], const bf16* values, int dim, int d0, int count,
                        float* const* out) {
   Vec acc[kRows][kVecs];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVecs; ++v) acc[r][v] = load(out[r] + d0 + v * kLanes);
   for (int t = 0; t < count; t += 2) {
-    const bf16* row = values[t / kBlock] + value_index(values[0], dim, d0, t % kBlock);
     // the second of a last odd pair was never written: it may hold anything, not-a-number too
     const uint32_t keep = t + 1 < count ? 0xffffffffu : 0xffffu;
     for (int v = 0; v < kVecs; ++v) {
-      const VecBits value = load_bits(row + 2 * v * kLanes) & keep;
+      const VecBits value = load_bits(values + t * dim + 2 * (d0 + v * kLanes)) & keep;
       for (int r = 0; r < kRows; ++r) {
         uint32_t pair;
         std::memcpy(&pair, weights[r] + t, 4);
@@ -159,110 +150,141 @@ inline void add_values(const bf16 (*weights)[kTile], const bf16* const* values, 
     for (int v = 0; v < kVecs; ++v) store(out[r] + d0 + v * kLanes, acc[r][v]);
 }
 
-// The rows (query, head of one kv head's group) that are computed together.
+// Rows that pass the blocks of one kv head together, and what they have gathered so far.
 template <class W>
 struct RowTile {
   const W* q[kRowTile];
   int position[kRowTile];
-  float* out[kRowTile];  // [dim] float, weighted sum so far
+  float* out[kRowTile];  // [dim] weighted sum so far
   float highest[kRowTile], total[kRowTile];
-  int rows, first_position, last_position;
+  int rows, kv_head, first_position, last_position;
 };
 
-template <class W, int kRows>
-inline void attend_rows(const Sequences& s, const AttentionShape& a, int slot, int kv_head, RowTile<W>& rows) {
+// Scores to weights e^(score - highest), for one row and block. Gives what older sums shrink by.
+template <class W>
+inline float weigh(const AttentionShape& a, int position, int start, float* scores, W* weights, float* highest,
+                   float* total) {
   constexpr float kNever = -std::numeric_limits<float>::infinity();
-  alignas(64) float scores[kRows][kTile];
-  alignas(64) W weights[kRows][kTile];
-  const W *keys[kTile / kBlock + 1], *values[kTile / kBlock];
-  const int begin = a.window ? std::max(0, rows.first_position - a.window + 1) / kTile * kTile : 0;
-  for (int start = begin; start <= rows.last_position; start += kTile) {
-    const int count = std::min(kTile, rows.last_position + 1 - start), blocks = (count + kBlock - 1) / kBlock;
-    for (int b = 0; b < blocks; ++b) {
-      keys[b] = block_of<W>(s, a, slot, start / kBlock + b, kv_head);
-      values[b] = keys[b] + long(a.dim) * kBlock;
-    }
-    keys[blocks] = values[0];
-    for (int b = 0; b < blocks; ++b) {
-      float(*at)[kTile] = reinterpret_cast<float(*)[kTile]>(&scores[0][b * kBlock]);
-      score_block<kRows>(rows.q, keys[b], keys[b + 1], a.dim, at);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const int newest = rows.position[r] - start;  // tokens after it, and before the window, are not seen
-      const int oldest = a.window ? newest - a.window + 1 : 0;
-      Vec highest = splat(kNever);
-      for (int t = 0; t < blocks * kBlock; t += kLanes) {
-        Vec score = load(&scores[r][t]) * a.scale;
-        if (a.softcap != 0) score = tanh(score / a.softcap) * a.softcap;
-        if (t + kLanes - 1 > newest || t < oldest)
-          for (int i = 0; i < kLanes; ++i)
-            if (t + i > newest || t + i < oldest) score[i] = kNever;
-        store(&scores[r][t], score);
-        highest = max(highest, score);
-      }
-      const float top = std::max(rows.highest[r], max_lane(highest));
-      const float base = top == kNever ? 0.0f : top;
-      const float shrink = exp(splat(rows.highest[r] - base))[0];
-      Vec total{};
-      for (int t = 0; t < blocks * kBlock; t += kLanes) {
-        const Vec weight = exp(load(&scores[r][t]) - base);
-        total += weight;
-        store_as(&weights[r][t], weight);
-      }
-      rows.highest[r] = top;
-      rows.total[r] = rows.total[r] * shrink + sum(total);
-      if (shrink != 1.0f)
-        for (int d = 0; d < a.dim; d += kLanes) store(rows.out[r] + d, load(rows.out[r] + d) * shrink);
-    }
-    constexpr int kWide = kRows <= 4 ? 4 : 2;
-    int d = 0;
-    for (; d + kWide * kLanes <= a.dim; d += kWide * kLanes)
-      add_values<kRows, kWide>(weights, values, a.dim, d, count, rows.out);
-    for (; d < a.dim; d += kLanes) add_values<kRows, 1>(weights, values, a.dim, d, count, rows.out);
+  const int newest = position - start, oldest = a.window ? newest - a.window + 1 : 0;
+  Vec score[kBlockVecs], best = splat(kNever);
+  for (int v = 0; v < kBlockVecs; ++v) {
+    const int t = v * kLanes;
+    score[v] = load(scores + t) * a.scale;
+    if (a.softcap != 0) score[v] = tanh(score[v] / a.softcap) * a.softcap;
+    if (t + kLanes - 1 > newest || t < oldest)
+      for (int i = 0; i < kLanes; ++i)
+        if (t + i > newest || t + i < oldest) score[v][i] = kNever;
+    best = max(best, score[v]);
   }
+  const float top = std::max(*highest, max_lane(best)), base = top == kNever ? 0.0f : top;
+  const float shrink = top == *highest ? 1.0f : exp(splat(*highest - base))[0];
+  Vec sums{};
+  for (int v = 0; v < kBlockVecs; ++v) {
+    const Vec weight = exp(score[v] - base);
+    sums += weight;
+    store_as(weights + v * kLanes, weight);
+  }
+  *highest = top;
+  *total = *total * shrink + sum(sums);
+  return shrink;
+}
+
+template <class W, int kRows>
+inline void pass_block(const AttentionShape& a, const W* keys, int start, RowTile<W>& rows) {
+  alignas(64) float scores[kRows][kBlock];
+  alignas(64) W weights[kRows][kBlock];
+  const W* values = keys + long(a.dim) * kBlock;
+  score_block<kRows>(rows.q, keys, a.dim, scores);
+  for (int r = 0; r < kRows; ++r) {
+    const float shrink =
+        weigh(a, rows.position[r], start, scores[r], weights[r], &rows.highest[r], &rows.total[r]);
+    if (shrink != 1.0f)
+      for (int d = 0; d < a.dim; d += kLanes) store(rows.out[r] + d, load(rows.out[r] + d) * shrink);
+  }
+  const int count = std::min(kBlock, rows.last_position + 1 - start);
+  constexpr int kWide = kRows <= 4 ? 4 : 2;
+  int d = 0;
+  for (; d + kWide * kLanes <= a.dim; d += kWide * kLanes)
+    add_values<kRows, kWide>(weights, values, a.dim, d, count, rows.out);
+  for (; d < a.dim; d += kLanes) add_values<kRows, 1>(weights, values, a.dim, d, count, rows.out);
 }
 
 template <class W>
-inline void attend_tile(const Sequences& s, const AttentionShape& a, int slot, int kv_head, RowTile<W>& rows) {
+inline void pass_block(const AttentionShape& a, const W* keys, int start, RowTile<W>& rows) {
   switch (rows.rows) {
-    case 1: return attend_rows<W, 1>(s, a, slot, kv_head, rows);
-    case 2: return attend_rows<W, 2>(s, a, slot, kv_head, rows);
-    case 3: return attend_rows<W, 3>(s, a, slot, kv_head, rows);
-    case 4: return attend_rows<W, 4>(s, a, slot, kv_head, rows);
-    case 5: return attend_rows<W, 5>(s, a, slot, kv_head, rows);
-    case 6: return attend_rows<W, 6>(s, a, slot, kv_head, rows);
-    case 7: return attend_rows<W, 7>(s, a, slot, kv_head, rows);
-    default: return attend_rows<W, 8>(s, a, slot, kv_head, rows);
+    case 1: return pass_block<W, 1>(a, keys, start, rows);
+    case 2: return pass_block<W, 2>(a, keys, start, rows);
+    case 3: return pass_block<W, 3>(a, keys, start, rows);
+    case 4: return pass_block<W, 4>(a, keys, start, rows);
+    case 5: return pass_block<W, 5>(a, keys, start, rows);
+    case 6: return pass_block<W, 6>(a, keys, start, rows);
+    case 7: return pass_block<W, 7>(a, keys, start, rows);
+    default: return pass_block<W, 8>(a, keys, start, rows);
   }
 }
 
-// Queries first … first + count - 1 (rows of the step) of one sequence, one kv head, heads of its group from
-// `head` on; at most kRowTile rows. out: [tokens, out_stride].
+// A piece of work: row tiles of one sequence that walk its blocks together. Either several kv heads of few
+// queries, or one kv head and many queries: what they share is read once.
 template <class W>
-inline void attend(const Sequences& s, const AttentionShape& a, int sequence, int kv_head, long first, int count,
-                   int head, int num_heads, const W* queries, W* out, long out_stride) {
-  alignas(64) float sums[kRowTile][kMaxDim];
-  RowTile<W> rows;
-  rows.rows = 0;
-  const int group = a.heads / a.kv_heads;
-  for (long t = first; t < first + count; ++t)
-    for (int h = 0; h < num_heads; ++h) {
-      const int r = rows.rows++;
-      rows.q[r] = queries + (t * a.heads + kv_head * group + head + h) * a.dim;
-      rows.position[r] = s.positions[t];
-      rows.out[r] = sums[r];
-      rows.highest[r] = -std::numeric_limits<float>::infinity();
-      rows.total[r] = 0;
-      std::fill(sums[r], sums[r] + a.dim, 0.0f);
-    }
-  rows.first_position = s.positions[first];
-  rows.last_position = s.positions[first + count - 1];
-  attend_tile(s, a, s.slots[sequence], kv_head, rows);
-  for (int r = 0; r < rows.rows; ++r) {
-    W* to = out + (first + r / num_heads) * out_stride + long(kv_head * group + head + r % num_heads) * a.dim;
-    const Vec scale = splat(1.0f / rows.total[r]);
-    for (int d = 0; d < a.dim; d += kLanes) store_as(to + d, load(sums[r] + d) * scale);
+struct Attention {
+  const Sequences& s;
+  const AttentionShape& a;
+  const W* queries;  // [tokens, heads, dim]
+  W* out;            // [tokens, out_stride]
+  long out_stride;
+  int num_tiles = 0;
+  RowTile<W> tiles[kItemTiles];
+  alignas(64) float sums[kItemTiles * kRowTile * kMaxDim];
+
+  Attention(const Sequences& sequences, const AttentionShape& shape, const W* from, W* to, long stride)
+      : s(sequences), a(shape), queries(from), out(to), out_stride(stride) {}
+
+  void add_tile(int kv_head, long first, int count, int head, int num_heads) {
+    RowTile<W>& tile = tiles[num_tiles];
+    tile.rows = 0;
+    tile.kv_head = kv_head;
+    const int group = a.heads / a.kv_heads;
+    for (long t = first; t < first + count; ++t)
+      for (int h = 0; h < num_heads; ++h) {
+        const int r = tile.rows++;
+        tile.q[r] = queries + (t * a.heads + kv_head * group + head + h) * a.dim;
+        tile.position[r] = s.positions[t];
+        tile.out[r] = sums + (long(num_tiles) * kRowTile + r) * a.dim;
+        tile.highest[r] = -std::numeric_limits<float>::infinity();
+        tile.total[r] = 0;
+        std::fill(tile.out[r], tile.out[r] + a.dim, 0.0f);
+      }
+    tile.first_position = s.positions[first];
+    tile.last_position = s.positions[first + count - 1];
+    ++num_tiles;
   }
-}
+
+  void walk(int slot) {
+    int begin = tiles[0].first_position, end = 0;
+    for (int i = 0; i < num_tiles; ++i) {
+      begin = std::min(begin, tiles[i].first_position);
+      end = std::max(end, tiles[i].last_position);
+    }
+    begin = a.window ? std::max(0, begin - a.window + 1) / kBlock * kBlock : 0;
+    for (int start = begin; start <= end; start += kBlock)
+      for (int i = 0; i < num_tiles; ++i) {
+        RowTile<W>& tile = tiles[i];
+        const bool seen = start <= tile.last_position && (!a.window || start + kBlock > tile.first_position - a.window + 1);
+        if (seen) pass_block(a, block_of<W>(s, a, slot, start / kBlock, tile.kv_head), start, tile);
+      }
+    write();
+  }
+
+  void write() {
+    for (int i = 0; i < num_tiles; ++i)
+      for (int r = 0; r < tiles[i].rows; ++r) {
+        const long at = tiles[i].q[r] - queries, token = at / (long(a.heads) * a.dim);
+        W* to = out + token * out_stride + at % (long(a.heads) * a.dim);
+        const Vec scale = splat(1.0f / tiles[i].total[r]);
+        for (int d = 0; d < a.dim; d += kLanes) store_as(to + d, load(tiles[i].out[r] + d) * scale);
+      }
+    num_tiles = 0;
+  }
+};
 
 }  // namespace eh

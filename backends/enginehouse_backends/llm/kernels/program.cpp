@@ -52,8 +52,6 @@ inline Team*& team() {
   return shared;
 }
 
-inline int heads_together(const Operation& o) { return std::min(o.heads / o.kv_heads, kRowTile); }
-
 // How an operation is cut: `chunks` pieces that any thread may do.
 struct Cut {
   long rows, chunks, groups_each, row_blocks, rows_each;
@@ -72,13 +70,16 @@ inline Cut cut_linear(const Operation& o, long rows, int threads) {
   return cut;
 }
 
+// Attention's pieces of an item: all kv heads at once where items are many, each one alone otherwise.
+inline int head_parts(const Operation& o, const Step& step, int threads) {
+  const bool many = step.num_items >= 4L * threads && step.num_items == step.num_sequences;
+  return many ? 1 : o.kv_heads;
+}
+
 inline Cut cut_of(const Operation& o, const Step& step, int threads) {
   const long rows = o.wanted_rows ? step.num_wanted : step.num_tokens;
   if (o.kind == kLinear) return cut_linear(o, rows, threads);
-  if (o.kind == kAttend) {
-    const int together = heads_together(o), group = o.heads / o.kv_heads;
-    return {rows, step.num_items * o.kv_heads * ((group + together - 1) / together), 1, 1, 1};
-  }
+  if (o.kind == kAttend) return {rows, step.num_items * head_parts(o, step, threads), 1, 1, 1};
   const long each = std::max(1L, rows / (4L * threads));
   return {rows, (rows + each - 1) / each, 1, 1, each};
 }
@@ -100,15 +101,22 @@ inline AttentionShape shape_of(const Operation& o) {
 }
 
 template <class A>
-void attend_chunk(const Operation& o, const Step& step, long chunk) {
-  const int together = heads_together(o), group = o.heads / o.kv_heads, parts = (group + together - 1) / together;
-  const int32_t* item = step.items + chunk / parts / o.kv_heads * 3;
-  const int kv_head = int(chunk / parts % o.kv_heads), head = int(chunk % parts) * together;
+void attend_chunk(const Operation& o, const Step& step, int parts, long chunk) {
+  const int32_t* item = step.items + chunk / parts * 3;
+  const int slot = step.sequences.slots[item[0]], group = o.heads / o.kv_heads;
+  const int each = o.kv_heads / parts, first_head = int(chunk % parts) * each;
   const AttentionShape shape = shape_of(o);
-  const int some = std::min(together, group - head), queries = std::max(1, kRowTile / some);
-  for (int done = 0; done < item[2]; done += queries)
-    attend(step.sequences, shape, item[0], kv_head, item[1] + done, std::min(queries, item[2] - done), head, some,
-           static_cast<const A*>(o.input), static_cast<A*>(o.output), o.output_stride);
+  Attention<A> work(step.sequences, shape, static_cast<const A*>(o.input), static_cast<A*>(o.output),
+                    o.output_stride);
+  for (int head = 0; head < group; head += kRowTile) {
+    const int some = std::min(kRowTile, group - head), queries = kRowTile / some;
+    for (int done = 0; done < item[2]; done += queries)
+      for (int kv_head = first_head; kv_head < first_head + each; ++kv_head) {
+        work.add_tile(kv_head, item[1] + done, std::min(queries, item[2] - done), head, some);
+        if (work.num_tiles == kItemTiles) work.walk(slot);
+      }
+  }
+  if (work.num_tiles) work.walk(slot);
 }
 
 template <class A>
@@ -158,7 +166,7 @@ void row_operation(const Operation& o, const Step& step, long row) {
 template <class A>
 void run_chunk(const Operation& o, const Step& step, const Cut& cut, long chunk) {
   if (o.kind == kLinear) return linear_chunk<A>(o, cut, chunk);
-  if (o.kind == kAttend) return attend_chunk<A>(o, step, chunk);
+  if (o.kind == kAttend) return attend_chunk<A>(o, step, int(cut.chunks / std::max<long>(1, step.num_items)), chunk);
   const long stop = std::min(cut.rows, (chunk + 1) * cut.rows_each);
   for (long row = chunk * cut.rows_each; row < stop; ++row) row_operation<A>(o, step, row);
 }

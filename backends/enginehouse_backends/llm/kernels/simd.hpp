@@ -60,7 +60,9 @@ inline void store_as(bf16* p, Vec v) {
 }
 
 inline float sum(Vec v) {
-  // a fixed tree, so that equal lanes give equal sums everywhere
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#endif
   float lanes[kLanes];
   store(lanes, v);
   for (int width = kLanes / 2; width; width /= 2)
@@ -68,6 +70,9 @@ inline float sum(Vec v) {
   return lanes[0];
 }
 inline float max_lane(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float best = v[0];
   for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
   return best;
