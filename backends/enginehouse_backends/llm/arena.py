@@ -7,6 +7,7 @@ On a CPU the tensor is reserved address space that becomes memory page by page, 
 from __future__ import annotations
 
 import mmap
+import sys
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from enginehouse_backends.llm.runner import IntArray
 
 MIB = 1 << 20
 DEFAULT_PAGE_BYTES = 4 * MIB
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""Older Pythons don't name it."""
 
 
 class Arena:
@@ -57,7 +60,7 @@ class Arena:
 def reserve_host_arena(most_bytes: int, page_bytes: int = DEFAULT_PAGE_BYTES) -> Arena:
     """An arena without pages yet that can grow to `most_bytes` of host memory."""
     most_bytes -= most_bytes % page_bytes
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
     region = mmap.mmap(-1, most_bytes + page_bytes, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         region.madvise(mmap.MADV_HUGEPAGE)

@@ -184,9 +184,7 @@ class NativeProgram:
         fields |= {"sum": total.address, "sum_stride": total.stride}
         weight = self._pointer(operation.parts["weight"])
         is_float = self._values[operation.output].is_float
-        self._add(
-            Kind.ADD_NORM, **fields, weight=weight, epsilon=operation.numbers["epsilon"], choice=is_float
-        )
+        self._add(Kind.ADD_NORM, **fields, weight=weight, epsilon=operation.numbers["epsilon"], choice=is_float)
 
     def _emit_linear(self, operation: Operation, fields: dict[str, Any]) -> None:
         kernel = operation.parts["kernel"]

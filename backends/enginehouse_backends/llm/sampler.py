@@ -103,9 +103,7 @@ def _penalize(row: torch.Tensor, generation: Generation) -> None:
     if wanted.repetition_penalty != 1:
         seen = torch.from_numpy(np.unique(np.asarray(generation.tokens, dtype=np.int64)))
         values = row[seen]
-        row[seen] = torch.where(
-            values > 0, values / wanted.repetition_penalty, values * wanted.repetition_penalty
-        )
+        row[seen] = torch.where(values > 0, values / wanted.repetition_penalty, values * wanted.repetition_penalty)
     if wanted.frequency_penalty or wanted.presence_penalty:
         output = np.asarray(generation.tokens[generation.num_prompt :], dtype=np.int64)
         ids, counts = np.unique(output, return_counts=True)
@@ -192,9 +190,7 @@ def _draw_nucleus(logits: torch.Tensor, top_p: torch.Tensor, uniforms: torch.Ten
     for row in (chosen < 0).nonzero()[:, 0].tolist():  # flat: the few hold too little
         sorted_values, sorted_ids = logits[row].sort(descending=True, stable=True)
         weights = (sorted_values - total[row]).exp_().double()[None]
-        chosen[row] = _draw_sorted(
-            weights, sorted_ids[None], top_p[row : row + 1], uniforms[row : row + 1], True
-        )[0]
+        chosen[row] = _draw_sorted(weights, sorted_ids[None], top_p[row : row + 1], uniforms[row : row + 1], True)[0]
     return chosen
 
 
@@ -227,9 +223,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _sampled_logprobs(
-    logits: torch.Tensor, step: StepInput, token_ids: Sequence[int]
-) -> list[RowLogprobs | None]:
+def _sampled_logprobs(logits: torch.Tensor, step: StepInput, token_ids: Sequence[int]) -> list[RowLogprobs | None]:
     rows: IntArray = step.sampled_rows
     found: list[RowLogprobs | None] = []
     for index, generation in enumerate(step.sampled):

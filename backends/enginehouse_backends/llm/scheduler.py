@@ -28,6 +28,8 @@ class SchedulerLimits:
     max_batched_tokens: int = 512
     min_chunk_tokens: int = 16
     target_itl_s: float = 0.0
+    max_followed_tokens: int = 64
+    """Prompt tokens of a step whose logprobs are wanted: each has a row of logits."""
     prefix_caching: bool = True
 
 
@@ -42,6 +44,8 @@ class StepPlan:
     preempted: list[Generation] = field(default_factory=list)
     registered: list[int] = field(default_factory=list)
     """Blocks that became findable with this step: to be unregistered if it fails."""
+    follows_prompt: bool = False
+    """Somebody's prompt logprobs are computed in this step: one at a time."""
     starved: Generation | None = None
     """One that can't go on although nobody else of this model holds blocks: only another's pages can help."""
 
@@ -130,8 +134,10 @@ class Scheduler:
         for generation in list(self.running):
             if generation.state is not GenerationState.RUNNING:
                 continue  # preempted for one before it
+            if plan.follows_prompt and _follows_prompt(generation):
+                continue
             left = generation.num_left
-            count = left if left <= 1 else min(left, budget)
+            count = left if left <= 1 else min(left, budget, self._most_followed(generation))
             if count <= 0 or not self._grow_or_preempt(generation, count, plan):
                 continue
             if left > 1:
@@ -144,6 +150,8 @@ class Scheduler:
         for generation in self.waiting.in_order():
             if budget <= 0 or not self._free_slots:
                 return
+            if plan.follows_prompt and _follows_prompt(generation):
+                continue
             matched = self._match_prefix(generation)
             if self._will_be_computed(generation, len(matched)):
                 continue
@@ -151,7 +159,7 @@ class Scheduler:
             if self.running and needed + outstanding > self.space.num_available(self.name):
                 return
             self._enter_running(generation, matched)
-            count = min(generation.num_left, budget)
+            count = min(generation.num_left, budget, self._most_followed(generation))
             if not self._grow(generation, count):
                 self._leave_running(generation)
                 self._wait_again(generation)
@@ -169,9 +177,14 @@ class Scheduler:
         if not generation.first_scheduled_ns:
             generation.first_scheduled_ns = now_ns
         generation.num_computed += count
+        plan.follows_prompt |= _follows_prompt(generation)
         self.waiting.charge(generation.tenant, count)
         if self.limits.prefix_caching:
             self._register(generation, plan)
+
+    def _most_followed(self, generation: Generation) -> int:
+        limits = self.limits
+        return limits.max_followed_tokens if _follows_prompt(generation) else limits.max_batched_tokens
 
     # --- blocks
     def _grow_or_preempt(self, generation: Generation, count: int, plan: StepPlan) -> bool:
@@ -360,6 +373,10 @@ class Scheduler:
             "bug: a block is awaited from one that doesn't run"
         )
         self.pool.check_integrity()
+
+
+def _follows_prompt(generation: Generation) -> bool:
+    return generation.sampling.prompt_logprobs is not None and generation.num_output == 0
 
 
 def _order(generation: Generation) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -105,3 +106,27 @@ def save_reference(name: str, folder: Path, dtype: torch.dtype = torch.float32) 
     model = make_reference(CONFIGS[name]())
     model.to(dtype).save_pretrained(folder)
     return model.float()
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Byte-level: token id b is byte b, so that any text and any broken character can be said."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    by_byte = {character: byte for byte, character in enumerate(_byte_order(alphabet))}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=by_byte, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.save(str(folder / "tokenizer.json"))
+
+
+def _byte_order(alphabet: list[str]) -> list[str]:
+    """The alphabet's characters by the byte that each stands for."""
+    decoder = tokenizers.decoders.ByteLevel()
+    plain = [character for character in alphabet if ord(character) < 256]
+    others = [character for character in alphabet if ord(character) >= 256]
+    order = {ord(character): character for character in plain}
+    rest = iter(others)
+    for byte in range(256):
+        if byte not in order:
+            order[byte] = next(rest)
+    assert decoder.decode([order[byte] for byte in b"a b"]) == "a b"
+    return [order[byte] for byte in range(256)]

@@ -27,7 +27,7 @@ def make_runner(folder: Path, native: bool, dtype: torch.dtype = torch.float32) 
         dtype, max_tokens=256, max_wanted=256, max_positions=MAX_POSITIONS, num_threads=2, native=native
     )
     runner = CpuRunner(read_architecture(folder), Checkpoint(folder), settings)
-    assert runner.is_native == native, 'another path than the one to be tested'
+    assert runner.is_native == native, "another path than the one to be tested"
     arena = reserve_host_arena(8 * PAGE_BYTES, PAGE_BYTES)
     arena.grow(8)
     arena.memory.fill_(0xFF)  # not-a-number wherever nothing was written
