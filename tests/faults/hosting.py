@@ -117,15 +117,19 @@ def open_descriptors() -> Counter[str]:
     return Counter({kind: count for kind, count in links.items() if "memfd" not in kind})
 
 
+def workers_find_tests() -> None:
+    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(ROOT) not in path:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *path])
+
+
 @asynccontextmanager
 async def hosted(
     changes: str = "", options: HostOptions | None = None, directory: Path = HERE
 ) -> AsyncIterator[Hosted]:
     """A model of one of BACKENDS, or the folder's model.py. Afterwards nothing may be left: no process, no
     descriptor, no entry in the ledger."""
-    path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if str(ROOT) not in path:  # where workers find the backends
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *path])
+    workers_find_tests()
     config = text_format.Merge(changes, text_format.Parse(CONFIG, ModelConfig()))
     hosts = ModelHosts(options=options or HostOptions(more_backends=BACKENDS))
     healths: list[HostHealth] = []

@@ -9,28 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from enginehouse.backend import Backend, HostKind, LoadContext, MemoryNeeds, Placement
+from enginehouse.backend import Backend, HostKind, LoadContext, Placement
 from enginehouse.config.backends import implementation_of
-from enginehouse.config.schema import ModelConfig, ModelServing
+from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import InvalidArgument
 from enginehouse.execution import messages as m
 from enginehouse.execution.backends import BACKEND_MODEL_OPTION, BackendSource, find_backend
 from enginehouse.execution.contract import HostedModel, HostHealth, MemoryEntry, ServerServices
 from enginehouse.execution.devices import CpuRuntime, CudaRuntime, DeviceRuntime, SimulatedRuntime
-from enginehouse.execution.environments import Environments
+from enginehouse.execution.hosting_plan import declared_memory, memory_entries, plan_hosting
 from enginehouse.execution.ledger import Ledger
 from enginehouse.execution.mailbox import Mailbox
-from enginehouse.execution.parking import Parking
 from enginehouse.execution.placement import Machine, placements, with_explicit_groups
-from enginehouse.execution.process_host import HostProcess
 from enginehouse.execution.process_model import ProcessHostedModel
-from enginehouse.execution.process_services import ServiceDesk
+from enginehouse.execution.process_pool import ProcessPool
 from enginehouse.execution.running import as_error
 from enginehouse.execution.services import LoopServices
-from enginehouse.execution.slab import MIN_SEGMENT_BYTES
-from enginehouse.execution.spawning import Launch, Spawner
 from enginehouse.execution.supervision import SupervisionPolicy
-from enginehouse.execution.supervisor import Supervisor
+from enginehouse.execution.supervisor import own_bytes
 from enginehouse.execution.thread_host import ThreadHostedModel, load_in_threads
 
 if TYPE_CHECKING:
@@ -99,46 +95,28 @@ class ModelHosts:
         self.ledger = Ledger(totals, limits_in_bytes(totals, self.options.memory_limits))
         self._backends: dict[str, Backend] = {}
         self._mailbox: Mailbox | None = None
-        self._desk: ServiceDesk | None = None
-        self._parking = Parking()
-        self._supervisor = Supervisor()
-        self._spawner = Spawner()
-        self._environments = Environments(self.options.environment_cache)
+        self._pool: ProcessPool | None = None
         self._loaded: list[HostedModel] = []
 
     async def complete_config(self, context: LoadContext) -> ModelConfig:
         source = self._find(context)
         context = self._with_backend_options(context, source)
         backend = self._backend(source)
-        if wanted_host(context.config, backend, self.options.default_hosts) is HostKind.THREAD:
+        explicit = with_explicit_groups(context.config, self.machine)
+        plan = plan_hosting(explicit, backend, self.options.default_hosts)
+        if plan.key_of is None:
             loop = asyncio.get_running_loop()
             try:
                 completed = await loop.run_in_executor(None, backend.complete_config, context)
             except Exception as problem:
                 raise as_error(problem) from problem
         else:
-            completed = await self._complete_in_process(source, backend, context)
+            wanted = placements(explicit, self.machine)
+            policy = SupervisionPolicy.of_config(explicit, self.options.supervision)
+            sent, key, solo = model_source(source, context), plan.key_of(wanted[0]), runs_solo(backend, wanted)
+            answer = await self._processes().complete_config(sent, context, key, solo, policy.start_timeout_s)
+            completed = ModelConfig.FromString(answer)
         return with_explicit_groups(completed, self.machine)
-
-    async def _complete_in_process(self, source: BackendSource, backend: Backend, context: LoadContext) -> ModelConfig:
-        """The process stays for a while: the load that follows is its first tenant."""
-        launch = await self._environments.launch_for(context)
-        process = self._new_process(context.name, "", launch, self._runs_solo(backend, context.config))
-        sent = model_source(source, context)
-        policy = SupervisionPolicy.of_config(context.config, self.options.supervision)
-        try:
-            completed = await process.complete_config(sent, policy.start_timeout_s)
-        except BaseException:
-            await process.close()
-            raise
-        await self._parking.park((sent.model_directory, sent.version), process)
-        return ModelConfig.FromString(completed)
-
-    def _runs_solo(self, backend: Backend, config: ModelConfig) -> bool:
-        """Whether a process of this model holds just one instance."""
-        if backend.process_per_instance:
-            return True
-        return len(placements(with_explicit_groups(config, self.machine), self.machine)) == 1
 
     def _find(self, context: LoadContext) -> BackendSource:
         name = implementation_of(context.config.backend)
@@ -152,20 +130,22 @@ class ModelHosts:
         config = with_explicit_groups(context.config, self.machine)
         context = self._with_backend_options(replace(context, config=config), source)
         wanted = placements(config, self.machine)
-        self.ledger.book(self._needs(backend, context, wanted))
+        needs = declared_memory(config) or backend.memory_needs(context)
+        self.ledger.book(memory_entries(context.name, context.version, needs, wanted))
         try:
             hosted = await self._load_into_host(source, backend, context, wanted, on_health)
         except BaseException:
             self.ledger.release(context.name, context.version)
             raise
+        hosted.on_closed = partial(self._forget, hosted, context.name, context.version)
+        self._loaded.append(hosted)
         return hosted
 
     async def close(self) -> None:
-        await self._parking.close()
         for hosted in list(self._loaded):
             await hosted.close()
-        await self._supervisor.close()
-        self._spawner.close()
+        if self._pool is not None:
+            await self._pool.close()
 
     async def _load_into_host(
         self,
@@ -174,72 +154,43 @@ class ModelHosts:
         context: LoadContext,
         wanted: Sequence[Placement],
         on_health: Callable[[HostHealth], None],
-    ) -> HostedModel:
-        hosted: ThreadHostedModel | ProcessHostedModel
-        if wanted_host(context.config, backend, self.options.default_hosts) is HostKind.THREAD:
+    ) -> ThreadHostedModel | ProcessHostedModel:
+        plan = plan_hosting(context.config, backend, self.options.default_hosts)
+        if plan.key_of is None:
             context = replace(context, services=self._services_for(context))
-            hosted = await load_in_threads(backend, context, wanted, self._results())
-        else:
-            launch = await self._environments.launch_for(context)
-            hosted = self._in_processes(source, backend, context, launch, on_health)
-            await hosted.start(wanted)
-        hosted.on_closed = partial(self._forget, hosted, context.name, context.version)
-        self._loaded.append(hosted)
+            return await load_in_threads(backend, context, wanted, self._results())
+        pool = self._processes()
+        launch = await pool.launch_for(context)
+        solo = runs_solo(backend, wanted)
+        hosted = ProcessHostedModel(
+            context,
+            model_source(source, context),
+            SupervisionPolicy.of_config(context.config, self.options.supervision),
+            plan.key_of,
+            lambda key: pool.process(context, key, launch, solo),
+            on_health,
+        )
+        await hosted.start(wanted)
+        self._measure(hosted)
         return hosted
 
-    def _in_processes(
-        self,
-        source: BackendSource,
-        backend: Backend,
-        context: LoadContext,
-        launch: Launch,
-        on_health: Callable[[HostHealth], None],
-    ) -> ProcessHostedModel:
-        apart = backend.process_per_instance
-        policy = SupervisionPolicy.of_config(context.config, self.options.supervision)
-        solo = self._runs_solo(backend, context.config)
-        key = (str(context.model_directory), context.version)
-
-        def make_process(instance: str) -> HostProcess:
-            parked = self._parking.take(key)
-            if parked is not None and parked.is_solo == solo and parked.launch == launch and parked.is_running:
-                parked.name = process_name(context.name, instance if apart else "")
-                return parked
-            return self._new_process(context.name, instance if apart else "", launch, solo)
-
-        sent = model_source(source, context)
-        return ProcessHostedModel(context, sent, policy, make_process, apart, on_health)
-
-    def _new_process(self, model: str, instance: str, launch: Launch, solo: bool) -> HostProcess:
-        name = process_name(model, instance)
-        process = HostProcess(name, self._spawner, launch, self._service_desk(), solo, MIN_SEGMENT_BYTES)
-        self._supervisor.watch(process)
-        return process
+    def _measure(self, hosted: ProcessHostedModel) -> None:
+        """What a model that claims nothing takes in its own processes, on the host."""
+        if self.ledger.entries(hosted.name):
+            return
+        num_bytes = sum(own_bytes(pid) for pids in hosted.pids().values() for pid in pids)
+        if num_bytes:
+            entry = MemoryEntry(hosted.name, hosted.version, "cpu", "weights", num_bytes, measured=True)
+            self.ledger.replace(hosted.name, hosted.version, [entry])
 
     def _forget(self, hosted: HostedModel, name: str, version: int) -> None:
         self._loaded.remove(hosted)
         self.ledger.release(name, version)
 
-    def _service_desk(self) -> ServiceDesk:
-        if self._desk is None:
-            self._desk = ServiceDesk(self.services)
-        return self._desk
-
-    def _needs(self, backend: Backend, context: LoadContext, wanted: Sequence[Placement]) -> list[MemoryEntry]:
-        needs = declared_memory(context.config) or backend.memory_needs(context)
-        entries: list[MemoryEntry] = []
-        by_device: dict[str, int] = {}
-        for placement in wanted:
-            by_device[placement.device] = by_device.get(placement.device, 0) + 1
-        for device, count in by_device.items():
-            for kind, num_bytes in (
-                ("weights", needs.weights_bytes),
-                ("workspace", needs.workspace_bytes_per_instance * count),
-                ("kv", needs.kv_bytes),
-            ):
-                if num_bytes:
-                    entries.append(MemoryEntry(context.name, context.version, device, kind, num_bytes))
-        return entries
+    def _processes(self) -> ProcessPool:
+        if self._pool is None:
+            self._pool = ProcessPool(self.services, self.runtimes, self.options.environment_cache)
+        return self._pool
 
     def _services_for(self, context: LoadContext) -> LoopServices | None:
         if self.services is None:
@@ -264,9 +215,9 @@ class ModelHosts:
         return replace(context, backend_options=options)
 
 
-def process_name(model: str, instance: str) -> str:
-    """How errors call a process."""
-    return f"the process of model '{model}'" + (f" (instance '{instance}')" if instance else "")
+def runs_solo(backend: Backend, wanted: Sequence[Placement]) -> bool:
+    """Whether a process of this model's own holds just one instance."""
+    return backend.process_per_instance or len(wanted) == 1
 
 
 def model_source(source: BackendSource, context: LoadContext) -> m.ModelSource:
@@ -279,14 +230,6 @@ def model_source(source: BackendSource, context: LoadContext) -> m.ModelSource:
         str(context.model_directory),
         dict(context.backend_options),
     )
-
-
-def declared_memory(config: ModelConfig) -> MemoryNeeds | None:
-    """What the config's `serving.memory` claims; None where it claims nothing."""
-    memory = config.serving.memory
-    if not (memory.weights_bytes or memory.workspace_bytes_per_instance or memory.kv_bytes):
-        return None
-    return MemoryNeeds(memory.weights_bytes, memory.workspace_bytes_per_instance, memory.kv_bytes)
 
 
 def default_runtimes(options: HostOptions) -> Sequence[DeviceRuntime]:
@@ -305,19 +248,3 @@ def limits_in_bytes(totals: Mapping[str, int], limits: Mapping[str, int | float]
     return {
         device: limit if isinstance(limit, int) else int(limit * totals[device]) for device, limit in limits.items()
     }
-
-
-def wanted_host(config: ModelConfig, backend: Backend, defaults: Mapping[str, HostKind]) -> HostKind:
-    """The config's `serving.host`, else the server's default for the backend, else what the backend prefers.
-
-    Raises InvalidArgument for a thread host that the backend can't live in.
-    """
-    chosen = {
-        ModelServing.HOST_THREAD: HostKind.THREAD,
-        ModelServing.HOST_PROCESS: HostKind.PROCESS,
-        ModelServing.HOST_DEVICE: HostKind.DEVICE,
-    }
-    wanted = chosen.get(config.serving.host) or defaults.get(config.backend) or backend.host_kind(config)
-    if wanted is HostKind.THREAD and backend.process_per_instance:
-        raise InvalidArgument(f"model '{config.name}': backend '{config.backend}' runs in processes, not in threads")
-    return wanted

@@ -181,7 +181,23 @@ class HostProcess:
         self._closing = False
         self._restarting: asyncio.Task[None] | None = None
         self.stopped_since_s: float | None = None
-        self.on_closed: Callable[[HostProcess], None] = lambda process: None
+        self.local_device = ""
+        """What instances are told where the process sees one GPU alone; "" for their placement's device."""
+        self._closing_calls: list[Callable[[HostProcess], None]] = []
+        self._num_loading = 0
+
+    def when_closing(self, call: Callable[[HostProcess], None]) -> None:
+        """Called once it takes no more tenants."""
+        self._closing_calls.append(call)
+
+    def _note_closing(self) -> None:
+        calls, self._closing_calls = self._closing_calls, []
+        for call in calls:
+            call(self)
+
+    def fits(self, launch: Launch, solo: bool) -> bool:
+        """Whether a parked one is what is wanted."""
+        return self.is_running and self.is_solo == solo and self.launch == launch
 
     @property
     def is_running(self) -> bool:
@@ -190,7 +206,11 @@ class HostProcess:
     async def complete_config(self, source: m.ModelSource, timeout_s: float) -> bytes:
         """A serialized ModelConfig. Raises what the backend raises."""
         worker = await self._running_worker()
-        completed: bytes = await worker.call(lambda call_id: m.CompleteConfig(call_id, source), timeout_s)
+        self._num_loading += 1
+        try:
+            completed: bytes = await worker.call(lambda call_id: m.CompleteConfig(call_id, source), timeout_s)
+        finally:
+            self._num_loading -= 1
         return completed
 
     # --- its tenants
@@ -200,23 +220,23 @@ class HostProcess:
         worker = await self._running_worker()
         worker.what = self.name
         self.tenants.append(tenant)
+        self._num_loading += 1
         try:
             await self._load(worker, tenant)
         except BaseException:
             self.tenants.remove(tenant)
-            if not self.tenants:
-                await self.close()
+            await self._unload_quietly(tenant)
+            await self.close_if_empty()
             raise
+        finally:
+            self._num_loading -= 1
 
     async def detach(self, tenant: Tenant) -> None:
         """Unloads the tenant; the process ends with its last one."""
         if tenant in self.tenants:
             self.tenants.remove(tenant)
-        if not self.tenants:
-            await self._unload_quietly(tenant)
-            await self.close()
-        else:
-            await self._unload_quietly(tenant)
+        await self._unload_quietly(tenant)
+        await self.close_if_empty()
 
     async def add_instances(self, tenant: Tenant, instances: Sequence[ProcessInstance]) -> None:
         worker = await self._running_worker()
@@ -262,7 +282,7 @@ class HostProcess:
                 instance.instance_id,
                 instance.slot,
                 placement.name,
-                placement.device,
+                self.local_device or placement.device,
                 placement.group,
             ),
             tenant.model.policy.start_timeout_s,
@@ -291,15 +311,19 @@ class HostProcess:
             self._closing = True
             if self.worker is not None:
                 self.worker.kill("was ended because its model had given up")
-            self.on_closed(self)
+            self._note_closing()
 
     async def close(self) -> None:
         self._closing = True
         if self._restarting is not None:
             self._restarting.cancel()
+        self._note_closing()
         if self.worker is not None:
             await self.worker.stop(STOP_GRACE_S)
-        self.on_closed(self)
+
+    async def close_if_empty(self) -> None:
+        if not self.tenants and self._num_loading <= 1:
+            await self.close()
 
     # --- what the worker says, and its end
 
@@ -322,7 +346,9 @@ class HostProcess:
             return
         loaded = [t for t in self.tenants if any(i.worker is worker for i in t.instances)]
         busy = worker.busy_at_end
-        suspects = [t for t in loaded if any(i.instance_id in busy for i in t.instances)] or loaded
+        suspects = [t for t in loaded if any(i.instance_id in busy for i in t.instances)]
+        if not suspects and not self._num_loading:
+            suspects = loaded  # nobody did anything: whoever is there shares the blame
         delay_s = 0.0
         for tenant in loaded:
             for instance in tenant.instances:

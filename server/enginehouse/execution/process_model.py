@@ -11,24 +11,26 @@ from enginehouse.backend import LoadContext, Placement
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution import messages as m
 from enginehouse.execution.contract import HostHealth, HostState
+from enginehouse.execution.hosting_plan import ProcessKey
 from enginehouse.execution.joiners import joiner_of
 from enginehouse.execution.process_host import HostProcess, ProcessGenerative, ProcessInstance, Tenant
 from enginehouse.execution.supervision import CrashHistory, SupervisionPolicy
 
-MakeProcess = Callable[[str], HostProcess]
-"""A process for that name: new, or one that others use too."""
+KeyOf = Callable[[Placement], ProcessKey]
+MakeProcess = Callable[[ProcessKey], HostProcess]
+"""The process for that key: new, or one that others use too."""
 
 
 class ProcessHostedModel:
-    """contract.HostedModel. With `process_per_instance` each instance has a process of its own."""
+    """contract.HostedModel. `key_of` says which instances share a process."""
 
     def __init__(
         self,
         context: LoadContext,
         source: m.ModelSource,
         policy: SupervisionPolicy,
+        key_of: KeyOf,
         make_process: MakeProcess,
-        process_per_instance: bool,
         on_health: Callable[[HostHealth], None],
     ) -> None:
         self.config = context.config
@@ -39,17 +41,19 @@ class ProcessHostedModel:
         self.policy = policy
         self.joiner = joiner_of(context.config)
         self.generative: ProcessGenerative | None = None
-        self.tenants: list[tuple[HostProcess, Tenant]] = []
+        self.tenants: dict[ProcessKey, tuple[HostProcess, Tenant]] = {}
         self.on_closed: Callable[[], None] = lambda: None
         self.health = HostHealth(HostState.READY)
+        self._key_of = key_of
         self._make_process = make_process
-        self._process_per_instance = process_per_instance
         self._on_health = on_health
         self._history = CrashHistory(policy)
+        self._order: dict[str, int] = {}
 
     @property
     def all_instances(self) -> list[ProcessInstance]:
-        return [instance for _, tenant in self.tenants for instance in tenant.instances]
+        instances = [instance for _, tenant in self.tenants.values() for instance in tenant.instances]
+        return sorted(instances, key=lambda instance: self._order.get(instance.name, 0))
 
     @property
     def instances(self) -> Sequence[ProcessInstance]:
@@ -62,57 +66,72 @@ class ProcessHostedModel:
 
     async def start(self, placements: Sequence[Placement]) -> None:
         """Raises what loading raises, with nothing left running."""
-        if self._process_per_instance:
-            shares: list[list[Placement]] = [[placement] for placement in placements]
-        else:
-            shares = [list(placements)]
-        started = await asyncio.gather(*(self._add_tenant(s) for s in shares), return_exceptions=True)
+        try:
+            await self._add(placements)
+        except BaseException:
+            await self._detach_all()
+            raise
+        self._note_order(placements)
+
+    async def _add(self, placements: Sequence[Placement]) -> None:
+        """Waits for all of them, then raises the first problem."""
+        shares: dict[ProcessKey, list[Placement]] = {}
+        for placement in placements:
+            shares.setdefault(self._key_of(placement), []).append(placement)
+        started = await asyncio.gather(
+            *(self._add_share(key, share) for key, share in shares.items()), return_exceptions=True
+        )
         for problem in started:
             if problem is not None:
-                await self._detach_all()
                 raise problem
-        order = {placement.name: place for place, placement in enumerate(placements)}
-        self.tenants.sort(key=lambda entry: order[entry[1].instances[0].name])
 
-    async def _add_tenant(self, placements: Sequence[Placement]) -> None:
-        tenant = Tenant(self, [ProcessInstance(self, placement) for placement in placements])
-        process = self._make_process(placements[0].name if self._process_per_instance else self.name)
+    async def _add_share(self, key: ProcessKey, placements: Sequence[Placement]) -> None:
+        instances = [ProcessInstance(self, placement) for placement in placements]
+        if key in self.tenants:
+            process, tenant = self.tenants[key]
+            await process.add_instances(tenant, instances)
+            return
+        process, tenant = self._make_process(key), Tenant(self, instances)
         await process.attach(tenant)
-        self.tenants.append((process, tenant))
+        self.tenants[key] = (process, tenant)
 
     async def set_instances(self, placements: Sequence[Placement]) -> None:
         wanted = {placement.name: placement for placement in placements}
         present = {instance.name: instance for instance in self.all_instances}
         gone = [i for name, i in present.items() if wanted.get(name) != i.placement]
-        new = [p for name, p in wanted.items() if name not in present or present[name].placement != p]
-        if self._process_per_instance:
-            for placement in new:
-                await self._add_tenant([placement])
-        else:
-            process, tenant = self.tenants[0]
-            await process.add_instances(tenant, [ProcessInstance(self, placement) for placement in new])
+        await self._add([p for name, p in wanted.items() if name not in present or present[name].placement != p])
+        self._note_order(placements)
         for instance in gone:
             await self._remove(instance)
 
+    def _note_order(self, placements: Sequence[Placement]) -> None:
+        self._order = {placement.name: place for place, placement in enumerate(placements)}
+
     async def _remove(self, instance: ProcessInstance) -> None:
-        for process, tenant in list(self.tenants):
-            if instance not in tenant.instances:
-                continue
-            if self._process_per_instance:
-                self.tenants.remove((process, tenant))
-                await instance.idle.wait()
-                await process.detach(tenant)
-            else:
-                await process.remove_instance(tenant, instance)
+        key = self._key_of(instance.placement)
+        process, tenant = self.tenants[key]
+        if tenant.instances == [instance]:
+            del self.tenants[key]
+            await instance.idle.wait()
+            await process.detach(tenant)
+        else:
+            await process.remove_instance(tenant, instance)
 
     async def close(self) -> None:
         await self._detach_all()
         self.on_closed()
 
     async def _detach_all(self) -> None:
-        tenants, self.tenants = self.tenants, []
-        for process, tenant in tenants:
-            await process.detach(tenant)
+        tenants, self.tenants = self.tenants, {}
+        await asyncio.gather(*(process.detach(tenant) for process, tenant in tenants.values()))
+
+    def pids(self) -> dict[str, list[int]]:
+        """Processes that are this model's alone, by device."""
+        found: dict[str, list[int]] = {}
+        for key, (process, tenant) in self.tenants.items():
+            if not key.shared and process.worker is not None:
+                found.setdefault(tenant.instances[0].device, []).append(process.worker.pid)
+        return found
 
     async def is_ready(self) -> bool:
         if self.health.state is not HostState.READY:
@@ -146,7 +165,7 @@ class ProcessHostedModel:
 
     def give_up(self, reason: str) -> None:
         """UNAVAILABLE until it is loaded again; what is left of it ends."""
-        for process, tenant in self.tenants:
+        for process, tenant in self.tenants.values():
             process.abandon(tenant)
         self._set_health(HostState.FAILED, reason)
 

@@ -40,7 +40,7 @@ class Launch:
     """How to start a worker: with which interpreter and variables."""
 
     interpreter: str = sys.executable
-    variables: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def is_plain(self) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+import psutil
+
 from enginehouse.execution.process_host import HostProcess
 from enginehouse.execution.supervision import SupervisionPolicy, WorkerFacts, reason_to_kill
 
@@ -24,7 +26,7 @@ class Supervisor:
 
     def watch(self, process: HostProcess) -> None:
         self._processes.add(process)
-        process.on_closed = self._processes.discard
+        process.when_closing(self._processes.discard)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._look_around(), name="supervise workers")
 
@@ -73,6 +75,14 @@ def is_stopped(pid: int) -> bool:
             return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
     except OSError:
         return False
+
+
+def own_bytes(pid: int) -> int:
+    """What goes with the process: pages that nobody else has."""
+    try:
+        return int(psutil.Process(pid).memory_full_info().uss)
+    except psutil.Error:
+        return 0
 
 
 def resident_bytes(pid: int) -> int:
