@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from enginehouse.config.reading import is_hugging_face_config
+from enginehouse.config.schema import ModelConfig
 
+_BACKENDS_THAT_FETCH = ("llm", "transformers")
 _ENCODER_MARKS = ("modules.json", "config_sentence_transformers.json")
 
 
@@ -30,6 +32,21 @@ def version_numbers(model_directory: Path) -> list[int]:
 
 def is_version_name(name: str) -> bool:
     return name.isascii() and name.isdigit() and name[0] != "0" and len(name) < 19
+
+
+def version_folders(model_directory: Path, config: ModelConfig) -> dict[int, Path]:
+    """The folder of each version. A folder without versions but with an artifact is its own version 1."""
+    versions = {version: model_directory / str(version) for version in version_numbers(model_directory)}
+    if not versions and _holds_artifact(inspect_folder(model_directory), config):
+        return {1: model_directory}
+    return versions
+
+
+def _holds_artifact(artifacts: Artifacts, config: ModelConfig) -> bool:
+    names = artifacts.files | artifacts.folders
+    if artifacts.is_hugging_face or (config.default_model_filename and config.default_model_filename in names):
+        return True
+    return config.backend in _BACKENDS_THAT_FETCH and bool(config.serving.llm.model)
 
 
 def inspect_model(model_directory: Path) -> Artifacts:

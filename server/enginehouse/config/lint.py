@@ -12,7 +12,7 @@ from enum import StrEnum
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from enginehouse.config.artifacts import version_numbers
+from enginehouse.config.artifacts import inspect_folder, version_folders, version_numbers
 from enginehouse.config.backends import implementation_of
 from enginehouse.config.completion import at_poll
 from enginehouse.config.problems import ConfigError, Position, Problem, nearest_match
@@ -43,7 +43,9 @@ class Finding:
 
 def is_model_folder(folder: Path) -> bool:
     """Whether the folder is a model and not a repository of models."""
-    return bool(version_numbers(folder)) or any((folder / f"config{suffix}").is_file() for suffix in SUFFIXES)
+    found = inspect_folder(folder)
+    has_config = any(f"config{suffix}" in found.files for suffix in SUFFIXES)
+    return has_config or bool(version_numbers(folder)) or found.is_hugging_face
 
 
 def lint_repository(root: Path, variant: str = "") -> Iterator[Finding]:
@@ -153,7 +155,7 @@ def _odd_backend(backend: str) -> Iterator[Problem]:
 
 
 def _odd_in_files(config: ModelConfig, folder: Path) -> Iterator[Problem]:
-    versions = version_numbers(folder)
+    versions = version_folders(folder, config)
     if not versions and not config.HasField("ensemble_scheduling"):
         yield Problem("there is no version folder ('1', '2', …)")
     for version in config.version_policy.specific.versions:
@@ -161,8 +163,8 @@ def _odd_in_files(config: ModelConfig, folder: Path) -> Iterator[Problem]:
             yield Problem(f"version {version} is not there", "version_policy.specific.versions")
     filename = config.default_model_filename
     if filename and not config.cc_model_filenames:
-        for version in versions:
-            if not (folder / str(version) / filename).exists():
+        for version, version_folder in versions.items():
+            if not (version_folder / filename).exists():
                 yield Problem(f"version {version} has no '{filename}'", "default_model_filename")
     for index, output in enumerate(config.output):
         if output.label_filename and not (folder / output.label_filename).is_file():

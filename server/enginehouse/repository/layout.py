@@ -11,11 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from enginehouse.config.artifacts import Artifacts, inspect_folder, version_numbers
 from enginehouse.config.backends import FORMAT_BY_SUFFIX
 from enginehouse.config.schema import ModelConfig
-
-_BACKENDS_THAT_FETCH = ("llm", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +48,6 @@ def models_in(entries: Iterable[Entry]) -> dict[str, Entry]:
 def belongs_to(entry: Entry, sibling: Entry) -> bool:
     """Whether `sibling` is a further file of the bare file `entry`: `net.onnx.data` of `net.onnx`."""
     return not sibling.is_folder and sibling.name.startswith(f"{entry.name}.")
-
-
-def version_folders(model_directory: Path, config: ModelConfig) -> dict[int, Path]:
-    """The folder of each version. A folder without versions but with an artifact is its own version 1."""
-    versions = {version: model_directory / str(version) for version in version_numbers(model_directory)}
-    if not versions and _holds_artifact(inspect_folder(model_directory), config):
-        return {1: model_directory}
-    return versions
-
-
-def _holds_artifact(artifacts: Artifacts, config: ModelConfig) -> bool:
-    names = artifacts.files | artifacts.folders
-    if artifacts.is_hugging_face or (config.default_model_filename and config.default_model_filename in names):
-        return True
-    return config.backend in _BACKENDS_THAT_FETCH and bool(config.serving.llm.model)
 
 
 def pick_versions(config: ModelConfig, folders: Mapping[int, Path]) -> dict[int, Path]:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from enginehouse.config import completion, reading, validation
+from enginehouse.config.artifacts import version_folders
 from enginehouse.config.schema import ModelConfig, ModelServing
 from enginehouse.errors import EnginehouseError
 from enginehouse.repository.agents import AgentChain, Agents
 from enginehouse.repository.definition import NAMESPACE_END, ModelDefinition, Override, PollError, plain_name
-from enginehouse.repository.layout import Entry, belongs_to, files_of, models_in, pick_versions, version_folders
+from enginehouse.repository.layout import Entry, belongs_to, files_of, models_in, pick_versions
 from enginehouse.repository.storage import LocalRoot, Root
 
 
@@ -194,7 +195,7 @@ class Repositories:
             return ModelConfig(default_model_filename=found.bare_file.name)
         read = reading.read_config(found.folder, self._variant)
         if read is None and not self._complete_configs:
-            raise PollError(f"{found.folder} has no config file, and configs are not completed")
+            raise PollError(f"model configuration is not provided for model '{found.name}' in {found.folder}")
         return read.config if read is not None else ModelConfig()
 
     def _prepare(self, found: _Found, config: ModelConfig, fingerprint: str) -> AgentChain | None:

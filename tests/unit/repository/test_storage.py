@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from enginehouse.config.artifacts import version_folders
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import InvalidArgument
 from enginehouse.repository.credentials import filesystem_options, parse_address
-from enginehouse.repository.layout import Entry, models_in, pick_versions, version_folders
+from enginehouse.repository.layout import Entry, models_in, pick_versions
 from enginehouse.repository.storage import LocalRoot, cache_directory, open_root
 
 
