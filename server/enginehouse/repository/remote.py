@@ -110,7 +110,8 @@ class RemoteRoot:
         return [entry for entry in found if entry.name]
 
     def find(self, name: str) -> Entry | None:
-        return models_in(self.entries()).get(name)
+        """As last seen; looks again for one that was not there."""
+        return models_in(self._known).get(name) or models_in(self.entries()).get(name)
 
     def bring(self, entry: Entry, name: str) -> Brought:
         """Of a bare file, a folder that holds it and what belongs to it. Raises NotFound, Unavailable."""

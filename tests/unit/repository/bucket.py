@@ -15,6 +15,7 @@ class Bucket:
     now_s: float = 1_000_000.0
     slept_s: list[float] = field(default_factory=list)
     num_bytes_read: int = 0
+    num_listings: int = 0
     before_read: Callable[[str, int], None] = lambda path, start: None
     on_sleep: Callable[[], None] = lambda: None
     _writes: dict[str, int] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Bucket:
         return {path: self.info(path) for path in sorted(self.files) if path.startswith(f"{prefix}/")}
 
     def ls(self, prefix: str, detail: bool) -> list[dict[str, Any]]:
+        self.num_listings += 1
         infos = [self.info(path) for path in self.files if path.rpartition("/")[0] == prefix]
         deeper = {
             path.removeprefix(f"{prefix}/").split("/")[0]

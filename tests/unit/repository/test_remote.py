@@ -191,6 +191,16 @@ def test_peeking_reads_the_config_alone(bucket: Bucket, tmp_path: Path) -> None:
     assert bucket.num_bytes_read == len(bucket.files["b/models/m/config.pbtxt"])
 
 
+def test_finding_many_models_lists_the_root_once(bucket: Bucket, tmp_path: Path) -> None:
+    root = root_of(bucket, tmp_path)
+    root.entries()
+    bucket.put("b/models/new/config.pbtxt", b"")
+    listed = bucket.num_listings
+    assert root.find("m") == MODEL
+    assert bucket.num_listings == listed
+    assert root.find("new") == Entry("new", is_folder=True)
+
+
 def test_what_is_known_needs_no_network(bucket: Bucket, tmp_path: Path) -> None:
     root = root_of(bucket, tmp_path)
     assert root.known_entries() == []
