@@ -16,9 +16,10 @@ from enginehouse.scheduling.contract import ExecutionObserver, Scheduler, Submit
 from enginehouse.scheduling.dynamic_batching import DynamicBatching, shape_key_of
 from enginehouse.scheduling.ensemble import EnsembleScheduler
 from enginehouse.scheduling.ensemble_check import ConfigLookup
+from enginehouse.scheduling.fairness import FairQueue, Tenant
 from enginehouse.scheduling.length_batching import LengthBatching
 from enginehouse.scheduling.loop import BatchingOptions, BatchingScheduler
-from enginehouse.scheduling.queue import RequestQueue
+from enginehouse.scheduling.queue import RequestQueue, levels_of
 from enginehouse.scheduling.rate_limiter import RateLimiter
 from enginehouse.scheduling.response_cache import ResponseCache
 from enginehouse.scheduling.sequence_batching import (
@@ -86,19 +87,26 @@ def may_cache(config: ModelConfig) -> bool:
 
 def _batching_options(config: ModelConfig) -> BatchingOptions:
     if not config.HasField("dynamic_batching"):
-        return BatchingOptions()
+        return BatchingOptions(queue=_queue_of(config))
     plain = DynamicBatching.of(config)
     plan = PaddingPlan.of(config)
     reorders = bool(plan) and not config.dynamic_batching.preserve_ordering
     return BatchingOptions(
         policy=LengthBatching(plain, plan.target, plan.max_waste) if reorders else plain,
-        queue=RequestQueue.of(config.dynamic_batching),
+        queue=_queue_of(config),
         shape_key=shape_key_of(config, {one.name: one.axis for one in plan.inputs}),
         length_of=plan.length_of if plan else None,
         gathers=True,
         preserves_order=config.dynamic_batching.preserve_ordering,
         hold_until_queued=test_hooks.delay_scheduler(),
     )
+
+
+def _queue_of(config: ModelConfig) -> RequestQueue:
+    levels = levels_of(config.dynamic_batching)
+    if config.serving.tenants:
+        return FairQueue([Tenant.of(tenant) for tenant in config.serving.tenants], *levels)
+    return RequestQueue(*levels)
 
 
 def _sequence_options(config: ModelConfig, model_directory: Path | None) -> SequenceOptions:

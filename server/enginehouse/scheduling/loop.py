@@ -14,6 +14,7 @@ from enginehouse.execution.contract import Batch, ExecutionTimes, InstanceHandle
 from enginehouse.scheduling.clock import Alarm, Clock, LoopClock
 from enginehouse.scheduling.contract import ExecutionObserver
 from enginehouse.scheduling.dynamic_batching import BatchPolicy, Cut, SingleRequests, Wait
+from enginehouse.scheduling.fairness import FairQueue
 from enginehouse.scheduling.in_flight import InFlight, cancelled, expired, stopped
 from enginehouse.scheduling.instances import InstancePool
 from enginehouse.scheduling.ordering import ResponseOrder
@@ -51,6 +52,7 @@ class BatchingScheduler:
     ) -> None:
         self._policy = options.policy
         self._queue = options.queue
+        self._tracks_tenants = isinstance(options.queue, FairQueue)
         self._shape_key = options.shape_key
         self._length_of = options.length_of
         self._gathers = options.gathers
@@ -121,9 +123,13 @@ class BatchingScheduler:
         if waiting is not None and self._queue.num_rows < waiting.wake_rows and ticket.shape_key == waiting.shape_key:
             self._set_alarm()
             return
-        if not self._gathers:
+        if self._gathers:
+            self._look_soon()
+        else:
             self._pass()
-        elif not self._pass_is_due:
+
+    def _look_soon(self) -> None:
+        if not self._pass_is_due:
             self._pass_is_due = True
             self._clock.call_soon(self._pass)
 
@@ -154,7 +160,7 @@ class BatchingScheduler:
                 instance = self._limits.acquire_one(self._pool.all_free())
                 if instance is None:
                     break
-            queue.take(decision.tickets)
+            queue.cut(decision.tickets)
             self._hand_over(decision, instance, now_ns)
         self._set_alarm()
 
@@ -190,6 +196,9 @@ class BatchingScheduler:
     def _on_response(self, request: InferRequest, response: InferResponse) -> None:
         if response.final:
             request.on_cancel = None
+            if self._tracks_tenants:
+                self._queue.finished(request)
+                self._look_soon()
         if self._order is not None:
             self._order.respond(request, response)
         else:

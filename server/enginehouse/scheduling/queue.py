@@ -45,7 +45,7 @@ class QueuePolicy:
 class Ticket:
     """A request's place in the queue."""
 
-    __slots__ = ("gone", "length", "level", "queued_ns", "request", "rows", "shape_key", "timeout_ns")
+    __slots__ = ("gone", "is_late", "length", "level", "queued_ns", "request", "rows", "shape_key", "timeout_ns")
 
     def __init__(self, request: InferRequest, queued_ns: int, shape_key: Hashable = None) -> None:
         self.request = request
@@ -58,6 +58,7 @@ class Ticket:
         self.timeout_ns = 0
         self.level: _Level | None = None
         self.gone = False
+        self.is_late = False
 
 
 class _Level:
@@ -98,15 +99,6 @@ class RequestQueue:
         self.num_rows = 0
         self.next_timeout_ns = 0
         """No timeout or deadline passes before; 0 is none. May be too early, never too late."""
-
-    @classmethod
-    def of(cls, batching: ModelDynamicBatching) -> RequestQueue:
-        default_policy = QueuePolicy.of(batching.default_queue_policy)
-        if not batching.priority_levels:
-            return cls((default_policy,))
-        own = {level: QueuePolicy.of(policy) for level, policy in batching.priority_queue_policy.items()}
-        policies = [own.get(level, default_policy) for level in range(1, batching.priority_levels + 1)]
-        return cls(policies, max(batching.default_priority_level, 1) - 1)
 
     def add(self, ticket: Ticket) -> None:
         """Raises Unavailable if the ticket's level is full."""
@@ -149,6 +141,13 @@ class RequestQueue:
         for level in levels:
             level.trim()
 
+    def cut(self, tickets: Iterable[Ticket]) -> None:
+        """Removes them to run."""
+        self.take(tickets)
+
+    def finished(self, request: InferRequest) -> None:
+        """A request that was cut has its final answer."""
+
     def expire(self, now_ns: int) -> list[Ticket]:
         """Applies timeouts and deadlines. The tickets returned have left the queue: refuse their requests."""
         if not self.next_timeout_ns or now_ns < self.next_timeout_ns:
@@ -173,9 +172,20 @@ class RequestQueue:
 
     def _send_back(self, level: _Level, ticket: Ticket) -> None:
         ticket.timeout_ns = 0
+        ticket.is_late = True
         level.fresh.remove(ticket)
         level.late.append(ticket)
 
     def _note(self, when_ns: int) -> None:
         if not self.next_timeout_ns or when_ns < self.next_timeout_ns:
             self.next_timeout_ns = when_ns
+
+
+def levels_of(batching: ModelDynamicBatching) -> tuple[list[QueuePolicy], int]:
+    """The policies from the most urgent level on, and which of them is the default."""
+    default_policy = QueuePolicy.of(batching.default_queue_policy)
+    if not batching.priority_levels:
+        return [default_policy], 0
+    own = {level: QueuePolicy.of(policy) for level, policy in batching.priority_queue_policy.items()}
+    policies = [own.get(level, default_policy) for level in range(1, batching.priority_levels + 1)]
+    return policies, max(batching.default_priority_level, 1) - 1
