@@ -498,18 +498,8 @@ class ModelServing(Message):
         chat_template: str
         trust_remote_code: bool
         engine_group: str
-        @property
-        def adapters(self) -> ScalarMap[str, str]: ...
-        served_model_name: str
         task: str
-        tool_call_parser: str
-        reasoning_parser: str
-        seed: int
-        enforce_eager: bool
-        swap_bytes: int
-        @property
-        def engine(self) -> ScalarMap[str, str]: ...
-        def __init__(self, *, model: str | None = ..., tokenizer: str | None = ..., revision: str | None = ..., dtype: str | None = ..., quantization: str | None = ..., kv_cache_dtype: str | None = ..., max_model_len: int | None = ..., max_num_seqs: int | None = ..., max_num_batched_tokens: int | None = ..., block_size: int | None = ..., target_itl_ms: float | None = ..., enable_prefix_caching: bool | None = ..., tensor_parallel_size: int | None = ..., chat_template: str | None = ..., trust_remote_code: bool | None = ..., engine_group: str | None = ..., adapters: Mapping[str, str] | None = ..., served_model_name: str | None = ..., task: str | None = ..., tool_call_parser: str | None = ..., reasoning_parser: str | None = ..., seed: int | None = ..., enforce_eager: bool | None = ..., swap_bytes: int | None = ..., engine: Mapping[str, str] | None = ...) -> None: ...
+        def __init__(self, *, model: str | None = ..., tokenizer: str | None = ..., revision: str | None = ..., dtype: str | None = ..., quantization: str | None = ..., kv_cache_dtype: str | None = ..., max_model_len: int | None = ..., max_num_seqs: int | None = ..., max_num_batched_tokens: int | None = ..., block_size: int | None = ..., target_itl_ms: float | None = ..., enable_prefix_caching: bool | None = ..., tensor_parallel_size: int | None = ..., chat_template: str | None = ..., trust_remote_code: bool | None = ..., engine_group: str | None = ..., task: str | None = ...) -> None: ...
     host: int
     load: int
     residency: int
@@ -530,10 +520,9 @@ class ModelServing(Message):
     def supervision(self) -> ModelServing.Supervision: ...
     @property
     def llm(self) -> ModelServing.Llm: ...
-    reload_cost_s: float
     device_host: str
     no_derived_padding: bool
-    def __init__(self, *, host: int | str | None = ..., load: int | str | None = ..., residency: int | str | None = ..., idle_unload_s: float | None = ..., memory: ModelServing.Memory | None = ..., batching: ModelServing.Batching | None = ..., padding: Iterable[ModelServing.Padding] | None = ..., unpadding: Iterable[ModelServing.Unpadding] | None = ..., tenants: Iterable[ModelServing.Tenant] | None = ..., python: ModelServing.PythonEnvironment | None = ..., supervision: ModelServing.Supervision | None = ..., llm: ModelServing.Llm | None = ..., reload_cost_s: float | None = ..., device_host: str | None = ..., no_derived_padding: bool | None = ...) -> None: ...
+    def __init__(self, *, host: int | str | None = ..., load: int | str | None = ..., residency: int | str | None = ..., idle_unload_s: float | None = ..., memory: ModelServing.Memory | None = ..., batching: ModelServing.Batching | None = ..., padding: Iterable[ModelServing.Padding] | None = ..., unpadding: Iterable[ModelServing.Unpadding] | None = ..., tenants: Iterable[ModelServing.Tenant] | None = ..., python: ModelServing.PythonEnvironment | None = ..., supervision: ModelServing.Supervision | None = ..., llm: ModelServing.Llm | None = ..., device_host: str | None = ..., no_derived_padding: bool | None = ...) -> None: ...
 
 class ModelConfig(Message):
     name: str

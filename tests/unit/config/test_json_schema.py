@@ -40,7 +40,7 @@ def test_real_configs_are_accepted(name: str) -> None:
         "version_policy: {all: true}",
         "parameters: {a: b, c: 1, d: {string_value: e}}",
         "response_cache: true",
-        "serving: {host: process, llm: {engine: {a: b}}}",
+        "serving: {host: process, python: {variables: {a: b}}}",
     ],
 )
 def test_short_forms_are_accepted(content: str) -> None:
