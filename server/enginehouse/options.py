@@ -130,6 +130,7 @@ class ServerOptions:
     http_header_forward_pattern: str = _http("", pattern, "Headers that match become request parameters.")
     http_thread_count: int = _http(8, count, _UNUSED + "One event loop serves all connections.")
     http_max_input_size: int = _http(67108864, count, "Largest request body in bytes, also after decompression.")
+    allow_console: bool = _http(True, boolean, "Serve the console at /console, and at / to browsers.")
     http_restricted_api: tuple[RestrictedGroup, ...] = _http(
         (), option_values.restricted("http-restricted-api", "api"), "These APIs answer only with the header."
     )

@@ -11,6 +11,7 @@ from typing import Protocol
 from enginehouse.core import Core
 from enginehouse.frontends.cloud.sagemaker import SageMaker
 from enginehouse.frontends.cloud.vertex_ai import VertexAI
+from enginehouse.frontends.console import Console
 from enginehouse.frontends.grpcio_transport import GrpcioServer
 from enginehouse.frontends.http_message import TEXT, HttpRequest, HttpResponse, Reply
 from enginehouse.frontends.http_routes import PathParts, Route, Router
@@ -51,6 +52,8 @@ def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd
     routes = v2_routes(core, options, regions)
     if options.allow_openai and options.openai_port is None:
         routes += OpenAIFrontEnd(core, options).routes()
+    if options.allow_console:
+        routes += Console(core).routes()
     router = Router(routes, RestrictedApis(options.http_restricted_api))
     return HttpServer(
         router.handle,

@@ -123,8 +123,16 @@ class Metrics:
 
     async def scrape(self) -> bytes:
         """The whole exposition."""
+        return exposition.write(await self.collect())
+
+    async def collect(self) -> list[Metric]:
+        """All families with what the sources say."""
         families = [family for source in list(self._sources) for family in await source()]
-        return exposition.write([*self.registry.collect(), *map(exposition.as_metric, families)])
+        return [*self.registry.collect(), *map(exposition.as_metric, families)]
+
+    def models(self) -> list[ModelSeries]:
+        """The versions that have series now."""
+        return list(self._models.values())
 
     def render(self) -> bytes:
         """The exposition without what the sources would say."""
