@@ -44,6 +44,28 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("filename", "content"),
+    [
+        ("config.pbtxt", "max_batch_size: 3 version_policy { all { } } response_cache { enable: false }"),
+        ("config.yaml", "max_batch_size: 3\nversion_policy: {all: true}\nresponse_cache: false\n"),
+        ("config.json", '{"max_batch_size": 3, "versionPolicy": {"all": {}}, "response_cache": {}}'),
+        ("configs/three.yml", "max_batch_size: 3\nversion_policy: {all: {}}\nresponse_cache: {}\n"),
+    ],
+)
+def test_every_spelling_serves(tmp_path: Path, filename: str, content: str) -> None:
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    (tmp_path / "m" / "configs").mkdir()
+    (tmp_path / "m" / filename).write_text(content)
+    onnx.save(adder(1), str(tmp_path / "m" / "1" / "model.onnx"))
+    flags = ["--model-config-name=three"]
+    with ServerProcess([tmp_path], flags) as server, http.InferenceServerClient(server.http) as client:
+        config = client.get_model_config("m")
+        assert (config["max_batch_size"], config["version_policy"]) == (3, {"all": {}})
+        assert config["response_cache"] == {"enable": False}
+        assert config["input"][0]["dims"] == [1]
+
+
 def test_every_layout_answers(repository: Path) -> None:
     assert (repository / "big.onnx.data").is_file()
     with ServerProcess([repository]) as server, http.InferenceServerClient(server.http) as client:

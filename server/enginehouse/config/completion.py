@@ -26,8 +26,6 @@ from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import Internal, InvalidArgument
 
 DEFAULT_SEQUENCE_IDLE_US = 1_000_000
-DEFAULT_MAX_BATCH_SIZE = 4
-"""What --backend-config=default-max-batch-size is when nobody sets it."""
 
 
 def at_poll(config: ModelConfig, model_directory: Path, name: str = "") -> ModelConfig:

@@ -1,4 +1,4 @@
-"""JSON: config.json, the config of a load request, and the config as the server answers it.
+"""JSON: config.json, the config that comes with a load request, and the config as the server answers it.
 
 `to_wire` is Triton's form: every field that has a default is listed, 64-bit integers are numbers except in
 the few places where Triton leaves protobuf's strings.
@@ -12,12 +12,10 @@ from typing import Any
 
 import orjson
 
-from enginehouse.config.building import build
 from enginehouse.config.plain import to_plain
 from enginehouse.config.problems import ConfigError, Position
 from enginehouse.config.schema import ModelConfig
 from enginehouse.config.tree import Entry, Fields, Items, Node, Scalar
-from enginehouse.errors import InvalidArgument
 
 MAX_DEPTH = 100
 _WHITESPACE = " \t\n\r"
@@ -52,14 +50,6 @@ def to_json(config: ModelConfig) -> str:
 def print_json(config: ModelConfig) -> str:
     """The config as a config.json: only what is set."""
     return json.dumps(to_plain(config), indent=2, ensure_ascii=False) + "\n"
-
-
-def read_override(text: str) -> ModelConfig:
-    """The `config` parameter of a load request. Raises InvalidArgument."""
-    try:
-        return build(ModelConfig(), read_tree(text), is_text_format=False)[0]
-    except ConfigError as error:
-        raise InvalidArgument(f"Invalid config override: {error}") from None
 
 
 def read_tree(text: str, source: str = "") -> Fields:

@@ -53,7 +53,8 @@ class SnapshotCache:
         self._uses: Counter[str] = Counter()
         self._lock = threading.Lock()  # guards _uses and its file
         self._user = directory / "users" / uuid.uuid4().hex
-        self._user_lock = _locked(self._user.with_suffix(".lock"), fcntl.LOCK_EX)
+        lock = _locked(self._user.with_suffix(".lock"), fcntl.LOCK_EX)
+        self._closer = weakref.finalize(self, _forget_user, self._user, lock)
 
     # --- contents
 
@@ -145,7 +146,7 @@ class SnapshotCache:
                 self._tell_uses()
 
     def _tell_uses(self) -> None:
-        if self.directory.is_dir():
+        if self._closer.alive:
             self._write(self._user.with_suffix(".digests"), "\n".join(self._uses))
 
     # --- room
@@ -188,10 +189,14 @@ class SnapshotCache:
         return used
 
     def close(self) -> None:
-        """Another process may then prune what this one used."""
-        self._user.with_suffix(".digests").unlink(missing_ok=True)
-        self._user.with_suffix(".lock").unlink(missing_ok=True)
-        self._user_lock.close()
+        """Another process may then prune what this one used. Happens by itself when the process ends."""
+        self._closer()
+
+
+def _forget_user(user: Path, lock: BufferedRandom) -> None:
+    user.with_suffix(".digests").unlink(missing_ok=True)
+    user.with_suffix(".lock").unlink(missing_ok=True)
+    lock.close()
 
 
 def _is_older(path: Path, before_s: float) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,13 @@ def test_pruning_spares_what_another_process_uses(tmp_path: Path) -> None:
     theirs.close()
     ours.prune(unused_s=-1)
     assert not snapshot.path.exists()
+
+
+def test_a_process_that_ended_leaves_no_trace(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from enginehouse.repository.snapshots import SnapshotCache; "
+        "kept = SnapshotCache(Path(sys.argv[1])).build('d', 'm', {})"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    assert (tmp_path / "snapshots" / "d" / "m").is_dir()
+    assert not list((tmp_path / "users").iterdir())
