@@ -9,8 +9,6 @@ that fits no row fails the run, so a new metric can't be forgotten.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import re
 import sys
@@ -20,6 +18,7 @@ from typing import Any
 
 from enginehouse.observe.catalogue import catalogue, labels_of
 from enginehouse.types import MetricFamily
+from enginehouse_backends.llm.metrics import LlmMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "deploy" / "grafana" / "enginehouse.json"
@@ -37,17 +36,13 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("CPU", r"nv_cpu_\w+"),
     ("GPU", r"nv_gpu_\w+|nv_energy_consumption"),
 )
-ENGINE_METRICS = "enginehouse_backends.llm.metrics"
 _WIDTH, _HEIGHT, _COLUMNS = 8, 7, 24
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
 def families() -> list[MetricFamily]:
-    """The server's and, where the engine is installed, those of language models."""
-    found = catalogue()
-    if importlib.util.find_spec(ENGINE_METRICS) is None:
-        return found
-    return [*found, *importlib.import_module(ENGINE_METRICS).catalogue()]
+    """The server's and those of language models."""
+    return [*catalogue(), *LlmMetrics("model", 4096, {}).families()]
 
 
 # --- the dashboard
