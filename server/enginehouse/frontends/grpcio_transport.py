@@ -18,11 +18,10 @@ from grpc_reflection.v1alpha import reflection
 from enginehouse.errors import EnginehouseError, Internal, Unavailable
 from enginehouse.frontends.grpc_call import GrpcCall, Method, Stream, Unary
 from enginehouse.frontends.grpc_delays import GrpcDelays
-from enginehouse.frontends.restricted_apis import Api, RestrictedApis
+from enginehouse.frontends.restricted_apis import RESTRICTED_PREFIX, Api, RestrictedApis
 from enginehouse.frontends.wire_errors import as_wire_error, grpc_status
 from enginehouse.options import CompressionLevel, ServerOptions
 
-RESTRICTED_PREFIX = "triton-grpc-protocol-"
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 _COMPRESSION_LEVELS = {
     CompressionLevel.NONE: 0, CompressionLevel.LOW: 1, CompressionLevel.MEDIUM: 2, CompressionLevel.HIGH: 3,

@@ -7,6 +7,9 @@ from enum import StrEnum
 
 from enginehouse.option_values import RestrictedGroup
 
+RESTRICTED_PREFIX = "triton-grpc-protocol-"
+"""Before the key of a restricted protocol, in gRPC's metadata."""
+
 
 class Api(StrEnum):
     HEALTH = "health"

@@ -13,12 +13,13 @@ from enginehouse.frontends.cloud.sagemaker import SageMaker
 from enginehouse.frontends.cloud.vertex_ai import VertexAI
 from enginehouse.frontends.console import Console
 from enginehouse.frontends.grpcio_transport import GrpcioServer
+from enginehouse.frontends.http2_transport import Http2GrpcServer
 from enginehouse.frontends.http_message import TEXT, HttpRequest, HttpResponse, Reply
 from enginehouse.frontends.http_routes import PathParts, Route, Router
 from enginehouse.frontends.http_transport import HttpServer
 from enginehouse.frontends.kserve_grpc.health import HealthMethods
 from enginehouse.frontends.kserve_grpc.methods import v2_methods
-from enginehouse.frontends.kserve_grpc.reflection import SERVICES, reflection_pool
+from enginehouse.frontends.kserve_grpc.reflection import SERVICES, ReflectionMethods, reflection_pool
 from enginehouse.frontends.kserve_http.front_end import V2Handlers, v2_routes
 from enginehouse.frontends.kserve_http.infer import JSON_ALLOWANCE
 from enginehouse.frontends.openai.front_end import OpenAIFrontEnd, refuse_large
@@ -26,6 +27,19 @@ from enginehouse.frontends.restricted_apis import RestrictedApis
 from enginehouse.frontends.shared_memory.regions import Regions
 from enginehouse.options import ServerOptions
 
+_GRPCIO_OPTIONS = (
+    "grpc_use_ssl",
+    "grpc_use_ssl_mutual",
+    "grpc_infer_response_compression_level",
+    "grpc_keepalive_time",
+    "grpc_keepalive_timeout",
+    "grpc_keepalive_permit_without_calls",
+    "grpc_http2_max_pings_without_data",
+    "grpc_http2_min_recv_ping_interval_without_data",
+    "grpc_http2_max_ping_strikes",
+    "grpc_max_connection_age",
+    "grpc_max_connection_age_grace",
+)
 METRICS_TYPE = "text/plain; charset=utf-8"
 
 
@@ -81,7 +95,16 @@ def serve_openai(core: Core, options: ServerOptions, port: int) -> FrontEnd:
 
 def serve_grpc(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:
     methods = v2_methods(core, options, regions) | HealthMethods(core).methods()
-    return GrpcioServer(methods, options, SERVICES, reflection_pool())
+    pool = reflection_pool()
+    if needs_grpcio(options):
+        return GrpcioServer(methods, options, SERVICES, pool)
+    return Http2GrpcServer(methods | ReflectionMethods(pool).methods(), options)
+
+
+def needs_grpcio(options: ServerOptions) -> bool:
+    """Whether an option asks for what only grpcio does: TLS, connection policies, compressed answers."""
+    plain = ServerOptions()
+    return any(getattr(options, name) != getattr(plain, name) for name in _GRPCIO_OPTIONS)
 
 
 def serve_sagemaker(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:

@@ -1,0 +1,484 @@
+"""One HTTP/2 connection of a server: frames in, streams out, flow control both ways.
+
+Knows no gRPC: what a stream carries is `StreamHandler`'s affair. Frames of one turn of the loop are written
+together. Built instead of taken from a library because there is none for asyncio whose cost a request is a
+small part of ours (docs/benchmarks.md); header compression is hpack's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import hpack
+
+from enginehouse.frontends import http2_frames as h2
+from enginehouse.frontends.http2_frames import FrameType, Http2Code, ProtocolError, Setting
+
+OUR_WINDOW_BYTES = 4 << 20
+"""Of a stream: what a client may send before we take it in."""
+OUR_CONNECTION_WINDOW_BYTES = 64 << 20
+OUR_MAX_FRAME_BYTES = 1 << 20
+MAX_HEADER_BLOCK_BYTES = 64 << 10
+_JOIN_BYTES = 64 << 10
+_LENGTH = struct.Struct(">I")
+_logger = logging.getLogger(__name__)
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class StreamHandler(Protocol):
+    """Gets what comes on one stream. Nothing is called after `on_reset`."""
+
+    def on_data(self, data: memoryview) -> None: ...
+    def on_end(self) -> None:
+        """The client sends no more."""
+        ...
+
+    def on_reset(self) -> None:
+        """The client, or the connection, gave the stream up."""
+        ...
+
+
+class Stream:
+    """The server's end of one stream: what is still to be sent, and how much may be."""
+
+    __slots__ = (
+        "_blocked", "_drained", "_taken", "connection", "handler", "id", "is_sent", "may_send", "num_blocked",
+        "remote_ended",
+    )  # fmt: skip
+
+    def __init__(self, connection: Http2Connection, stream_id: int, window: int) -> None:
+        self.connection = connection
+        self.id = stream_id
+        self.handler: StreamHandler | None = None
+        self.may_send = window
+        self.num_blocked = 0
+        """Bytes that wait for the client's window."""
+        self.remote_ended = False
+        self.is_sent = False
+        """Whether our end is closed."""
+        self._blocked: deque[bytes | memoryview] = deque()
+        self._drained: asyncio.Future[None] | None = None
+        self._taken = 0
+        """Bytes taken in that the client has not been told of."""
+
+    def send_headers(self, block: bytes, end: bool = False) -> None:
+        """A block made by `http2_frames.literal_header`. Waits behind data that is still blocked."""
+        data = h2.frame(FrameType.HEADERS, h2.END_HEADERS | (h2.END_STREAM if end else 0), self.id, block)
+        if self._blocked:
+            self._blocked.append(data)
+        else:
+            self.connection.send(data)
+        if end:
+            self.is_sent = True
+            if not self._blocked:
+                self.connection.finished(self)
+
+    def send_data(self, data: bytes) -> None:
+        """As much as the windows allow now, the rest as they open."""
+        connection = self.connection
+        size = len(data)
+        if not self._blocked and size <= self.may_send and size <= connection.may_send:
+            self.may_send -= size
+            connection.may_send -= size
+            limit = connection.max_frame_bytes
+            if size <= limit:
+                connection.send(h2.frame_header(FrameType.DATA, 0, self.id, size))
+                connection.send(data)
+                return
+            view = memoryview(data)
+            for start in range(0, size, limit):
+                part = view[start : start + limit]
+                connection.send(h2.frame_header(FrameType.DATA, 0, self.id, len(part)))
+                connection.send(part)
+            return
+        self._blocked.append(memoryview(data))
+        self.num_blocked += size
+        connection.blocked.add(self)
+        self.send_blocked()
+
+    def send_blocked(self) -> None:
+        """Called when a window has opened."""
+        connection, blocked = self.connection, self._blocked
+        while blocked:
+            item = blocked[0]
+            if isinstance(item, bytes):  # headers: not subject to flow control
+                connection.send(item)
+                blocked.popleft()
+                continue
+            size = min(len(item), self.may_send, connection.may_send, connection.max_frame_bytes)
+            if size <= 0 and len(item):
+                return
+            self.may_send -= size
+            connection.may_send -= size
+            self.num_blocked -= size
+            connection.send(h2.frame_header(FrameType.DATA, 0, self.id, size))
+            connection.send(item[:size])
+            if size == len(item):
+                blocked.popleft()
+            else:
+                blocked[0] = item[size:]
+        connection.blocked.discard(self)
+        self._wake()
+        if self.is_sent:
+            connection.finished(self)
+
+    async def drained(self) -> None:
+        """Returns when all has been handed to the socket and the socket takes more."""
+        while self.num_blocked or not self.connection.writable:
+            if self.connection.closed:
+                return
+            if self._drained is None:
+                self._drained = asyncio.get_running_loop().create_future()
+                self.connection.waiting.add(self)
+            await self._drained
+
+    def wake_if_drained(self) -> None:
+        if not self.num_blocked or self.connection.closed:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._drained is not None and self.connection.writable:
+            waiter, self._drained = self._drained, None
+            self.connection.waiting.discard(self)
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def reset(self, code: Http2Code) -> None:
+        """Gives the stream up from our side."""
+        self._blocked.clear()
+        self.num_blocked = 0
+        self.is_sent = True
+        self.connection.send(h2.rst_stream(self.id, code))
+        self.connection.forget(self)
+
+    def consumed(self, num_bytes: int) -> None:
+        """Lets the client send as much again; told when it has come to a part of the window."""
+        self._taken += num_bytes
+        if self._taken >= OUR_WINDOW_BYTES // 4 and not self.remote_ended:
+            self.connection.send(h2.window_update(self.id, self._taken))
+            self._taken = 0
+
+
+class Http2Connection(asyncio.Protocol):
+    """See module. `open_stream` makes the handler of a new stream from its headers."""
+
+    def __init__(
+        self,
+        open_stream: Callable[[Stream, Headers, bool], StreamHandler],
+        on_closed: Callable[[Http2Connection], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._open_stream = open_stream
+        self._on_closed = on_closed
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._greeted = False
+        self._decoder = hpack.Decoder()
+        self._known_blocks: dict[bytes, Headers] = {}
+        self._header_block: tuple[int, int, bytearray] | None = None
+        self._out: list[bytes | memoryview] = []
+        self._flush_scheduled = False
+        self._initial_window = h2.DEFAULT_WINDOW_BYTES
+        self._last_stream_id = 0
+        self._received = 0
+        self.streams: dict[int, Stream] = {}
+        self.blocked: set[Stream] = set()
+        self.waiting: set[Stream] = set()
+        self.may_send = h2.DEFAULT_WINDOW_BYTES
+        self.max_frame_bytes = h2.DEFAULT_MAX_FRAME_BYTES
+        self.writable = True
+        self.closed = False
+        self.stopping = False
+
+    # --- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.send(
+            h2.settings(
+                {
+                    Setting.INITIAL_WINDOW_SIZE: OUR_WINDOW_BYTES,
+                    Setting.MAX_FRAME_SIZE: OUR_MAX_FRAME_BYTES,
+                    Setting.MAX_HEADER_LIST_SIZE: MAX_HEADER_BLOCK_BYTES,
+                }
+            )
+        )
+        self.send(h2.window_update(0, OUR_CONNECTION_WINDOW_BYTES - h2.DEFAULT_WINDOW_BYTES))
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer
+        buffer += data
+        try:
+            used = self._take(buffer)
+        except ProtocolError as error:
+            self._fail(error)
+            return
+        if used:
+            del buffer[:used]
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exception: Exception | None) -> None:
+        self.closed = True
+        self._out.clear()
+        streams, self.streams = list(self.streams.values()), {}
+        for stream in streams:
+            if stream.handler is not None:
+                stream.handler.on_reset()
+        for stream in list(self.waiting):
+            stream.wake_if_drained()
+        self._on_closed(self)
+
+    def pause_writing(self) -> None:
+        self.writable = False
+
+    def resume_writing(self) -> None:
+        self.writable = True
+        for stream in list(self.waiting):
+            stream.wake_if_drained()
+
+    # --- sending
+
+    def send(self, data: bytes | memoryview) -> None:
+        self._out.append(data)
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        out, self._out = self._out, []
+        if self.closed or self._transport is None:
+            return
+        # Small pieces in one write; large ones as they are, without a copy.
+        start = size = 0
+        for index, piece in enumerate(out):
+            if len(piece) >= _JOIN_BYTES:
+                if index > start:
+                    self._transport.write(b"".join(out[start:index]))
+                self._transport.write(piece)
+                start, size = index + 1, 0
+            else:
+                size += len(piece)
+        if start < len(out):
+            self._transport.write(b"".join(out[start:]))
+
+    def finished(self, stream: Stream) -> None:
+        """Our end of the stream is closed and all of it sent."""
+        if not stream.remote_ended:
+            self.send(h2.rst_stream(stream.id, Http2Code.NO_ERROR))
+        self.forget(stream)
+
+    def forget(self, stream: Stream) -> None:
+        self.streams.pop(stream.id, None)
+        self.blocked.discard(stream)
+        if self.stopping and not self.streams:
+            self._close()
+
+    def stop(self) -> None:
+        """Takes no new streams; closes when those that are open have ended."""
+        if not self.stopping and not self.closed:
+            self.stopping = True
+            self.send(h2.goaway(self._last_stream_id, Http2Code.NO_ERROR))
+            if not self.streams:
+                self._close()
+
+    def abort(self) -> None:
+        if self._transport is not None and not self.closed:
+            self._transport.abort()
+
+    def _close(self) -> None:
+        self._flush()
+        if self._transport is not None:
+            self._transport.close()
+
+    def _fail(self, error: ProtocolError) -> None:
+        _logger.debug("HTTP/2 connection ended: %s", error)
+        self.send(h2.goaway(self._last_stream_id, error.code, str(error)))
+        self._close()
+
+    # --- receiving
+
+    def _take(self, buffer: bytearray) -> int:
+        """Handles all whole frames; how many bytes of the buffer they were."""
+        used = 0
+        if not self._greeted:
+            if len(buffer) < len(h2.PREFACE):
+                if not h2.PREFACE.startswith(buffer):
+                    raise ProtocolError(Http2Code.PROTOCOL_ERROR, "this port speaks gRPC (HTTP/2) only")
+                return 0
+            if not buffer.startswith(h2.PREFACE):
+                raise ProtocolError(Http2Code.PROTOCOL_ERROR, "this port speaks gRPC (HTTP/2) only")
+            self._greeted = True
+            used = len(h2.PREFACE)
+        end = len(buffer)
+        with memoryview(buffer) as view:
+            while end - used >= h2.FRAME_HEADER_BYTES:
+                size = (view[used] << 16) | (view[used + 1] << 8) | view[used + 2]
+                if size > OUR_MAX_FRAME_BYTES:
+                    raise ProtocolError(Http2Code.FRAME_SIZE_ERROR, f"a frame of {size} bytes")
+                start = used + h2.FRAME_HEADER_BYTES
+                if end - start < size:
+                    break
+                stream_id = _LENGTH.unpack_from(view, used + 5)[0] & 0x7FFFFFFF
+                with view[start : start + size] as payload:
+                    self._handle(view[used + 3], view[used + 4], stream_id, payload)
+                used = start + size
+        return used
+
+    def _handle(self, kind: int, flags: int, stream_id: int, payload: memoryview) -> None:
+        if self._header_block is not None and kind != FrameType.CONTINUATION:
+            raise ProtocolError(Http2Code.PROTOCOL_ERROR, "headers were interrupted by another frame")
+        if kind == FrameType.DATA:
+            self._take_data(flags, stream_id, payload)
+        elif kind == FrameType.HEADERS:
+            self._begin_headers(flags, stream_id, payload)
+        elif kind == FrameType.WINDOW_UPDATE:
+            self._open_window(stream_id, payload)
+        elif kind == FrameType.RST_STREAM:
+            self._take_reset(stream_id)
+        elif kind == FrameType.PING:
+            if len(payload) != 8:
+                raise ProtocolError(Http2Code.FRAME_SIZE_ERROR, "PING of a wrong length")
+            if not flags & h2.ACK:
+                self.send(h2.frame(FrameType.PING, h2.ACK, 0, bytes(payload)))
+        elif kind == FrameType.SETTINGS:
+            if not flags & h2.ACK:
+                self._take_settings(bytes(payload))
+        elif kind == FrameType.CONTINUATION:
+            self._continue_headers(flags, stream_id, payload)
+        # PRIORITY, GOAWAY, PUSH_PROMISE and unknown kinds ask nothing of a server
+
+    def _take_data(self, flags: int, stream_id: int, payload: memoryview) -> None:
+        size = len(payload)
+        self._received += size
+        if self._received >= OUR_CONNECTION_WINDOW_BYTES // 2:
+            self.send(h2.window_update(0, self._received))
+            self._received = 0
+        stream = self.streams.get(stream_id)
+        if stream is None or stream.handler is None:
+            if stream_id > self._last_stream_id or stream_id == 0:
+                raise ProtocolError(Http2Code.PROTOCOL_ERROR, "data on a stream that was never opened")
+            return  # already answered: what is still under way has no reader
+        if stream.remote_ended:
+            stream.handler.on_reset()
+            stream.reset(Http2Code.STREAM_CLOSED)
+            return
+        if flags & h2.PADDED:
+            with h2.unpadded(payload, flags & h2.PADDED) as data:
+                stream.handler.on_data(data)
+                stream.consumed(size - len(data))
+        elif size:
+            stream.handler.on_data(payload)
+        if flags & h2.END_STREAM:
+            stream.remote_ended = True
+            stream.handler.on_end()
+
+    def _begin_headers(self, flags: int, stream_id: int, payload: memoryview) -> None:
+        block = h2.unpadded(payload, flags) if flags & (h2.PADDED | h2.PRIORITY_FLAG) else payload
+        if flags & h2.END_HEADERS:
+            self._take_headers(flags, stream_id, bytes(block))
+        else:
+            self._header_block = (stream_id, flags, bytearray(block))
+
+    def _continue_headers(self, flags: int, stream_id: int, payload: memoryview) -> None:
+        if self._header_block is None or self._header_block[0] != stream_id:
+            raise ProtocolError(Http2Code.PROTOCOL_ERROR, "CONTINUATION without headers to continue")
+        _, first_flags, block = self._header_block
+        block += payload
+        if len(block) > MAX_HEADER_BLOCK_BYTES:
+            raise ProtocolError(Http2Code.ENHANCE_YOUR_CALM, "headers are too large")
+        if flags & h2.END_HEADERS:
+            self._header_block = None
+            self._take_headers(first_flags, stream_id, bytes(block))
+
+    def _take_headers(self, flags: int, stream_id: int, block: bytes) -> None:
+        headers = self._decode(block)
+        ends = bool(flags & h2.END_STREAM)
+        stream = self.streams.get(stream_id)
+        if stream is not None:  # trailers
+            if ends and not stream.remote_ended and stream.handler is not None:
+                stream.remote_ended = True
+                stream.handler.on_end()
+            return
+        if stream_id % 2 == 0:
+            raise ProtocolError(Http2Code.PROTOCOL_ERROR, "a client's streams have odd numbers")
+        if stream_id <= self._last_stream_id:
+            return  # trailers of a stream that was answered already
+        self._last_stream_id = stream_id
+        if self.stopping:
+            self.send(h2.rst_stream(stream_id, Http2Code.REFUSED_STREAM))
+            return
+        stream = self.streams[stream_id] = Stream(self, stream_id, self._initial_window)
+        stream.remote_ended = ends
+        stream.handler = self._open_stream(stream, headers, ends)
+
+    def _decode(self, block: bytes) -> Headers:
+        """A block that only points into the table means the same until the table changes."""
+        known = self._known_blocks.get(block)
+        if known is not None:
+            return known
+        table = self._decoder.header_table.dynamic_entries
+        before = (len(table), table[0] if table else None)
+        try:
+            headers = [(bytes(name), bytes(value)) for name, value in self._decoder.decode(block, raw=True)]
+        except hpack.HPACKError as error:
+            raise ProtocolError(Http2Code.COMPRESSION_ERROR, f"headers can't be decoded: {error}") from None
+        table = self._decoder.header_table.dynamic_entries
+        if (len(table), table[0] if table else None) != before:
+            self._known_blocks.clear()
+        elif len(self._known_blocks) < 64:
+            self._known_blocks[block] = headers
+        return headers
+
+    def _open_window(self, stream_id: int, payload: memoryview) -> None:
+        if len(payload) != 4:
+            raise ProtocolError(Http2Code.FRAME_SIZE_ERROR, "WINDOW_UPDATE of a wrong length")
+        added = _LENGTH.unpack(payload)[0] & 0x7FFFFFFF
+        if stream_id == 0:
+            self.may_send += added
+            if self.may_send > h2.MAX_WINDOW_BYTES:
+                raise ProtocolError(Http2Code.FLOW_CONTROL_ERROR, "the connection's window is too large")
+            for stream in list(self.blocked):
+                stream.send_blocked()
+            return
+        stream_ = self.streams.get(stream_id)
+        if stream_ is None:
+            return
+        stream_.may_send += added
+        if stream_.may_send > h2.MAX_WINDOW_BYTES:
+            if stream_.handler is not None:
+                stream_.handler.on_reset()
+            stream_.reset(Http2Code.FLOW_CONTROL_ERROR)
+        elif stream_.num_blocked or stream_ in self.blocked:
+            stream_.send_blocked()
+
+    def _take_reset(self, stream_id: int) -> None:
+        stream = self.streams.get(stream_id)
+        if stream is not None:
+            self.forget(stream)
+            if stream.handler is not None:
+                stream.handler.on_reset()
+
+    def _take_settings(self, payload: bytes) -> None:
+        for key, value in h2.parse_settings(payload):
+            if key == Setting.INITIAL_WINDOW_SIZE:
+                if value > h2.MAX_WINDOW_BYTES:
+                    raise ProtocolError(Http2Code.FLOW_CONTROL_ERROR, "the initial window is too large")
+                change, self._initial_window = value - self._initial_window, value
+                for stream in list(self.streams.values()):
+                    stream.may_send += change
+                    stream.send_blocked()
+            elif key == Setting.MAX_FRAME_SIZE:
+                if not h2.DEFAULT_MAX_FRAME_BYTES <= value < 1 << 24:
+                    raise ProtocolError(Http2Code.PROTOCOL_ERROR, f"a largest frame of {value} bytes")
+                self.max_frame_bytes = value
+        self.send(h2.frame(FrameType.SETTINGS, h2.ACK, 0))
