@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import grpc
+import grpc as grpcio
 import numpy as np
 import pytest
 import tritonclient.grpc as client_grpc
@@ -18,6 +19,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from enginehouse.testing.server import ServerProcess
+
+# The published types of grpcio demand serializers that the library makes optional.
+grpc: Any = grpcio
 
 ECHO = """
 import triton_python_backend_utils as pb_utils
@@ -49,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield running
 
 
-def tensor_of(data: np.ndarray) -> client_grpc.InferInput:  # type: ignore[type-arg]
+def tensor_of(data: np.ndarray) -> client_grpc.InferInput:
     tensor = client_grpc.InferInput("IN", list(data.shape), "UINT8")
     tensor.set_data_from_numpy(data)
     return tensor
@@ -71,7 +75,7 @@ def test_many_calls_share_a_connection_without_mixing_their_answers(server: Serv
     sizes = [random.Random(1).choice((1, 100, 70_000, 300_000)) for _ in range(120)]
     results: list[bool] = []
     threads = [
-        threading.Thread(target=lambda part=part: results.extend(echo(client, size + len(part)) for size in part))  # type: ignore[misc]
+        threading.Thread(target=lambda part=part: results.extend(echo(client, size + len(part)) for size in part))
         for part in (sizes[0:40], sizes[40:80], sizes[80:120])
     ]
     for thread in threads:
@@ -118,9 +122,9 @@ def test_a_deadline_that_passes_ends_the_call_and_not_the_connection(server: Ser
 
 def test_health_and_reflection_answer_their_standard_clients(server: ServerProcess) -> None:
     with grpc.insecure_channel(server.grpc) as channel:
-        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)  # type: ignore[no-untyped-call]
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
         assert health.status == health_pb2.HealthCheckResponse.SERVING
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)  # type: ignore[no-untyped-call]
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
         answer = next(iter(stub.ServerReflectionInfo(iter(asked), timeout=5)))
         names = {service.name for service in answer.list_services_response.service}
