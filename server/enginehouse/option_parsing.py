@@ -33,6 +33,8 @@ class Flag:
     aliases: tuple[str, ...] = ()
     deprecated: str = ""
     """What to use instead; the flag still works."""
+    has_effect: bool = True
+    """False for one that is there so that scripts for Triton run; whoever sets it is warned."""
 
 
 def flag(
@@ -43,9 +45,10 @@ def flag(
     *,
     aliases: tuple[str, ...] = (),
     deprecated: str = "",
+    has_effect: bool = True,
 ) -> Any:
     """A dataclass field that is an option; a default of () makes it a repeated one."""
-    known = Flag(group, parse, help, default == (), aliases, deprecated)
+    known = Flag(group, parse, help, default == (), aliases, deprecated, has_effect)
     return dataclasses.field(default=default, metadata={_KEY: known})
 
 
@@ -78,6 +81,8 @@ def parse(options: type, argv: Sequence[str], environment: Mapping[str, str]) ->
         if known.deprecated:
             instead = f"Please use '{known.deprecated}' instead."
             warnings.append(f"Warning: '--{name}' has been deprecated! {instead}")
+        if not known.has_effect:
+            warnings.append(f"Warning: '--{name}' has no effect on this server.")
         values[field_name] = tuple(parsed) if known.repeated else parsed[-1]
     return Parsed(values, tuple(warnings))
 
@@ -93,6 +98,7 @@ def usage(options: type) -> str:
         repeat = " (may be repeated)" if known.repeated else ""
         lines.append(f"  --{_dashed(field.name)} <{_argument(known.parse)}>{repeat}")
         note = f"Deprecated: use {known.deprecated}. " if known.deprecated else ""
+        note += "" if known.has_effect else "Accepted for compatibility, without effect. "
         default = f" Default: {field.default}." if field.default not in ("", (), None) else ""
         lines += textwrap.wrap(f"{note}{known.help}{default}", 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(line for group, lines in groups.items() for line in ("", f"{group}:", *lines))

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from typing import Any
 
-from enginehouse import option_parsing, option_values
+from enginehouse import option_checks, option_parsing, option_values
 from enginehouse.option_parsing import HelpRequested, flag
 from enginehouse.option_values import (
     DeviceValue,
@@ -60,8 +59,6 @@ class CompressionLevel(StrEnum):
     MEDIUM = "medium"
     HIGH = "high"
 
-
-_UNUSED = "Accepted for compatibility; has no effect here. "
 
 _server = partial(flag, "Server")
 _repository = partial(flag, "Model repository")
@@ -128,7 +125,7 @@ class ServerOptions:
     http_port: int = _http(8000, port, "Port to listen on.")
     reuse_http_port: bool = _http(False, boolean, "Set SO_REUSEPORT.")
     http_header_forward_pattern: str = _http("", pattern, "Headers that match become request parameters.")
-    http_thread_count: int = _http(8, count, _UNUSED + "One event loop serves all connections.")
+    http_thread_count: int = _http(8, count, "One event loop serves all connections.", has_effect=False)
     http_max_input_size: int = _http(67108864, count, "Largest request body in bytes, also after decompression.")
     allow_console: bool = _http(True, boolean, "Serve the console at /console, and at / to browsers.")
     http_restricted_api: tuple[RestrictedGroup, ...] = _http(
@@ -140,10 +137,12 @@ class ServerOptions:
     grpc_port: int = _grpc(8001, port, "Port to listen on.")
     reuse_grpc_port: bool = _grpc(False, boolean, "Set SO_REUSEPORT.")
     grpc_header_forward_pattern: str = _grpc("", pattern, "Metadata that match become request parameters.")
-    grpc_infer_thread_count: int = _grpc(2, count, _UNUSED)
-    grpc_infer_allocation_pool_size: int = _grpc(8, count, _UNUSED)
+    grpc_infer_thread_count: int = _grpc(2, count, "Threads of Triton's; there are none here.", has_effect=False)
+    grpc_infer_allocation_pool_size: int = _grpc(
+        8, count, "Triton's pool of messages; there is none here.", has_effect=False
+    )
     grpc_max_response_pool_size: int = _grpc(
-        2147483647, count, "Answers of one stream that may wait for a slow client."
+        2147483647, count, "Answers of one stream that may wait for a slow client.", has_effect=False
     )
     grpc_use_ssl: bool = _grpc(False, boolean, "Serve TLS.")
     grpc_use_ssl_mutual: bool = _grpc(False, boolean, "Serve TLS and demand client certificates.")
@@ -225,10 +224,10 @@ class ServerOptions:
     sagemaker_safe_port_range: tuple[int, int] | None = _cloud(
         None, option_values.port_range, "Ports that SageMaker allows for the other front ends."
     )
-    sagemaker_thread_count: int = _cloud(8, count, _UNUSED)
+    sagemaker_thread_count: int = _cloud(8, count, "Threads of Triton's; there are none here.", has_effect=False)
     allow_vertex_ai: bool = _cloud(False, boolean, "Serve Vertex AI's routes.")
     vertex_ai_port: int = _cloud(8080, port, "Port of Vertex AI's routes.")
-    vertex_ai_thread_count: int = _cloud(8, count, _UNUSED)
+    vertex_ai_thread_count: int = _cloud(8, count, "Threads of Triton's; there are none here.", has_effect=False)
     vertex_ai_default_model: str = _cloud("", text, "Model of requests that name none.")
 
     cache_config: tuple[Setting, ...] = _cache(
@@ -250,20 +249,23 @@ class ServerOptions:
     allow_client_shm: bool = _memory(False, boolean, "Let clients register shared memory.")
     pinned_memory_pool_byte_size: int = _memory(268435456, count, "Bytes of pinned host memory.")
     cuda_memory_pool_byte_size: tuple[DeviceValue, ...] = _memory(
-        (), option_values.device_value, _UNUSED + "The device's process keeps its own pool."
+        (), option_values.device_value, "The device's process keeps its own pool.", has_effect=False
     )
-    cuda_virtual_address_size: tuple[DeviceValue, ...] = _memory((), option_values.device_value, _UNUSED)
+    cuda_virtual_address_size: tuple[DeviceValue, ...] = _memory(
+        (), option_values.device_value, "The device's process keeps its own pool.", has_effect=False
+    )
     min_supported_compute_capability: float = _memory(0.0, number, "GPUs below it are not used.")
-    buffer_manager_thread_count: int = _memory(0, count, _UNUSED)
+    buffer_manager_thread_count: int = _memory(0, count, "Tensors are copied where they are joined.", has_effect=False)
     host_policy: tuple[Setting, ...] = _memory(
         (),
         option_values.setting("host-policy", "policy name", scoped=True),
         "numa-node= and cpu-cores= of a host policy.",
+        has_effect=False,
     )
     model_load_gpu_limit: tuple[DeviceValue, ...] = _memory(
-        (), option_values.device_value, "Refuse to load onto a GPU that is fuller than this fraction."
+        (), option_values.device_value, "Refuse to load onto a GPU that is fuller than this fraction.", has_effect=False
     )
-    enable_peer_access: bool = _memory(True, boolean, "Let GPUs read each other's memory.")
+    enable_peer_access: bool = _memory(True, boolean, "Let GPUs read each other's memory.", has_effect=False)
     memory_limit: tuple[MemoryLimit, ...] = _memory(
         (), option_values.memory_limit, "What the ledger may hand out: cpu=8GiB, cuda:0=90%."
     )
@@ -285,10 +287,12 @@ class ServerOptions:
     openai_restricted_api: tuple[str, ...] = _openai((), text, "These APIs answer only with the header.")
     default_max_tokens: int = _openai(16, count, "Tokens of a completion that sets no limit.")
     tool_call_parser: str = _openai(
-        "", text, "How models write tool calls: hermes, llama3, mistral; default: by the model."
+        "", text, "How models write tool calls: hermes, llama3, mistral; default: by the model.", has_effect=False
     )
     chat_template: str = _openai("", text, "File with a chat template that replaces the models' own.")
-    lora_separator: str = _openai("", text, "What stands between model and adapter in a model's name.")
+    lora_separator: str = _openai(
+        "", text, "What stands between model and adapter in a model's name.", has_effect=False
+    )
 
     default_host: tuple[Setting, ...] = _hosts(
         (),
@@ -346,71 +350,11 @@ def parse_options(argv: Sequence[str], environment: Mapping[str, str] | None = N
         parsed = option_parsing.parse(ServerOptions, argv, environment)
     except HelpRequested:
         raise HelpRequested(usage()) from None
-    values = {**_cloud_defaults(environment), **parsed.values}
+    values = {**option_checks.cloud_defaults(environment), **parsed.values}
     options = ServerOptions(**values, warnings=parsed.warnings)
-    _check(options)
+    option_checks.refuse_conflicts(options)
     if not options.allow_metrics:
         options = replace(options, allow_gpu_metrics=False, allow_cpu_metrics=False)
     if options.grpc_use_ssl_mutual:
         options = replace(options, grpc_use_ssl=True)
-    return replace(options, warnings=options.warnings + _further_warnings(options))
-
-
-def _cloud_defaults(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Vertex AI tells its containers by AIP_* variables what to serve and where."""
-    values: dict[str, Any] = {}
-    if environment.get("AIP_MODE") == "PREDICTION":
-        values.update(allow_vertex_ai=True, allow_http=False, allow_grpc=False)
-    if "AIP_HTTP_PORT" in environment:
-        values["vertex_ai_port"] = port(environment["AIP_HTTP_PORT"])
-    if environment.get("AIP_STORAGE_URI"):
-        values["model_repository"] = (environment["AIP_STORAGE_URI"],)
-    return values
-
-
-def _check(options: ServerOptions) -> None:
-    if options.response_cache_byte_size is not None and options.cache_config:
-        raise OptionError(
-            "Error: Incompatible flags --response-cache-byte-size and --cache-config both provided. "
-            "Please provide one or the other."
-        )
-    if len(options.caches) > 1:
-        raise OptionError(
-            "found multiple cache configurations, but only single cache is currently supported: "
-            + ", ".join(sorted(options.caches))
-        )
-    if "*" in options.load_model and len(set(options.load_model)) > 1:
-        raise OptionError("Wildcard model name '*' must be the ONLY startup model if specified at all.")
-    option_values.refuse_repeated_apis(options.http_restricted_api, "api")
-    option_values.refuse_repeated_apis(options.grpc_restricted_protocol, "protocol")
-    _check_ports(options)
-
-
-def _check_ports(options: ServerOptions) -> None:
-    front_ends = [
-        ("HTTP", options.allow_http, options.http_address, options.http_port),
-        ("GRPC", options.allow_grpc, options.grpc_address, options.grpc_port),
-        ("metrics", options.allow_metrics, options.metrics_host, options.metrics_port),
-        ("SageMaker", options.allow_sagemaker, options.http_address, options.sagemaker_port),
-        ("Vertex AI", options.allow_vertex_ai, options.http_address, options.vertex_ai_port),
-        ("OpenAI", options.allow_openai, options.openai_host, options.openai_port or 0),
-    ]
-    taken: dict[int, list[tuple[str, str]]] = {}
-    for name, allowed, address, number_ in front_ends:
-        if not allowed or number_ == 0:
-            continue
-        for other, other_address in taken.get(number_, []):
-            if address == other_address or "0.0.0.0" in (address, other_address):
-                raise OptionError(
-                    f"The server cannot listen to {other} requests and {name} requests at the same port {number_}"
-                )
-        taken.setdefault(number_, []).append((name, address))
-
-
-def _further_warnings(options: ServerOptions) -> tuple[str, ...]:
-    if options.disable_auto_complete_config and options.strict_model_config is False:
-        return (
-            "Warning: Overriding deprecated '--strict-model-config' from False to True in favor of "
-            "'--disable-auto-complete-config'!",
-        )
-    return ()
+    return replace(options, warnings=options.warnings + option_checks.warnings(options))

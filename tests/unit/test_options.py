@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,28 @@ def test_refusals_name_the_flag_and_what_is_wrong(argv: list[str], text: str) ->
 )
 def test_conflicts_between_flags_are_refused(argv: list[str], text: str) -> None:
     assert text in refusal(*argv).lower()
+
+
+def test_sagemaker_says_which_ports_the_others_may_have() -> None:
+    flags = ["--allow-sagemaker=true", "--sagemaker-safe-port-range=8000-8001"]
+    assert "requests at port 8002, allowed port range is [8000, 8001]" in refusal(*flags)
+    assert parse(*flags, "--allow-metrics=false").sagemaker_safe_port_range == (8000, 8001)
+
+
+def test_flags_without_effect_say_so() -> None:
+    options = parse("--http-thread-count=4")
+    assert options.warnings == ("Warning: '--http-thread-count' has no effect on this server.",)
+
+
+def test_every_flag_is_read_somewhere_or_says_that_it_has_no_effect() -> None:
+    root = Path(__file__).resolve().parents[2]
+    sources = [*root.glob("server/**/*.py"), *root.glob("backends/**/*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    for field in dataclasses.fields(ServerOptions):
+        known = field.metadata.get("flag")
+        if known is not None and field.name != "config_file":  # read by the parser itself
+            is_read = re.search(rf"\.{field.name}\b", text) is not None
+            assert is_read == known.has_effect, field.name
 
 
 def test_equal_ports_of_a_front_end_that_is_off_are_no_conflict() -> None:
