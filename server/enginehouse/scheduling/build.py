@@ -31,6 +31,7 @@ from enginehouse.scheduling.sequence_batching import (
 from enginehouse.scheduling.sequence_controls import SequenceControls
 from enginehouse.scheduling.sequence_loop import SequenceOptions, SequenceScheduler
 from enginehouse.scheduling.sequence_state import SequenceStates
+from enginehouse.scheduling.tuning import BatchTuner, TunedBatching
 
 
 def build_scheduler(
@@ -91,15 +92,27 @@ def _batching_options(config: ModelConfig) -> BatchingOptions:
     plain = DynamicBatching.of(config)
     plan = PaddingPlan.of(config)
     reorders = bool(plan) and not config.dynamic_batching.preserve_ordering
+    policy = LengthBatching(plain, plan.target, plan.max_waste) if reorders else plain
+    tuner = _tuner_of(config, plain.max_rows)
     return BatchingOptions(
-        policy=LengthBatching(plain, plan.target, plan.max_waste) if reorders else plain,
+        policy=TunedBatching(policy, tuner) if tuner is not None else policy,
         queue=_queue_of(config),
         shape_key=shape_key_of(config, {one.name: one.axis for one in plan.inputs}),
         length_of=plan.length_of if plan else None,
+        tuner=tuner,
         gathers=True,
         preserves_order=config.dynamic_batching.preserve_ordering,
         hold_until_queued=test_hooks.delay_scheduler(),
     )
+
+
+def _tuner_of(config: ModelConfig, max_rows: int) -> BatchTuner | None:
+    batching = config.serving.batching
+    if not batching.target_p99_ms:
+        return None
+    target_s = batching.target_p99_ms / 1000
+    max_delay_s = batching.max_delay_us / 1e6 if batching.max_delay_us else target_s
+    return BatchTuner(target_s, min(batching.max_size or max_rows, max_rows), max_delay_s)
 
 
 def _queue_of(config: ModelConfig) -> RequestQueue:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from enginehouse.config.schema import ModelConfig
 from enginehouse.scheduling.queue import RequestQueue, Ticket
@@ -21,7 +21,7 @@ class Cut:
 
     tickets: Sequence[Ticket]
     size: int = 0
-    """What the batch's time depends on, for policies that learn; 0 teaches nothing."""
+    """What the batch's time depends on, as the policy counts it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,26 +40,32 @@ class BatchPolicy(Protocol):
         """Asked while an instance is free. Does not change the queue. None only if it is empty."""
         ...
 
-    def learn(self, size: int, seconds: float) -> None:
-        """A batch of that size took so long."""
+    learns: ClassVar[bool]
+
+    def learn(self, cut: Cut, seconds: float) -> None:
+        """What was cut took so long to run. Called if the policy `learns`."""
         ...
 
 
 class SingleRequests:
     """Every request alone: models without dynamic batching."""
 
+    learns: ClassVar[bool] = False
+
     def decide(self, queue: RequestQueue, now_ns: int) -> Cut | None:
         for ticket in queue:
             return Cut((ticket,))
         return None
 
-    def learn(self, size: int, seconds: float) -> None:
+    def learn(self, cut: Cut, seconds: float) -> None:
         """There is nothing to decide."""
 
 
 @dataclass(frozen=True, slots=True)
 class DynamicBatching:
     """Joins neighbours in the queue that have the same shape."""
+
+    learns: ClassVar[bool] = False
 
     max_rows: int
     preferred_rows: frozenset[int] = frozenset()
@@ -106,7 +112,7 @@ class DynamicBatching:
         wake_rows = min((size for size in self.preferred_rows if size > rows), default=self.max_rows)
         return Wait(due_ns, wake_rows, chosen[0].shape_key)
 
-    def learn(self, size: int, seconds: float) -> None:
+    def learn(self, cut: Cut, seconds: float) -> None:
         """It does what it was told."""
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import ClassVar
 
 import numpy as np
 
@@ -34,6 +35,7 @@ DEFAULT_OVERHEAD = 64.0
 class LengthBatching:
     """See module. `target` says what requests of given lengths are padded to."""
 
+    learns: ClassVar[bool] = True
     plain: DynamicBatching
     target: Callable[[Sequence[int]], int]
     max_waste: float = 1.0
@@ -53,8 +55,8 @@ class LengthBatching:
                 return Wait(due_ns, wake_rows=queue.num_rows + 1, shape_key=candidates[0].shape_key)
         return Cut(chosen, size=rows * self.target([ticket.length for ticket in chosen]))
 
-    def learn(self, size: int, seconds: float) -> None:
-        self.cost.learn(size, seconds)
+    def learn(self, cut: Cut, seconds: float) -> None:
+        self.cost.learn(cut.size, seconds)
 
     def _candidates(self, queue: RequestQueue) -> list[Ticket]:
         """The head of the queue, and those not far behind that could join it at all."""

@@ -20,6 +20,7 @@ from enginehouse.scheduling.instances import InstancePool
 from enginehouse.scheduling.ordering import ResponseOrder
 from enginehouse.scheduling.queue import RequestQueue, Ticket
 from enginehouse.scheduling.rate_limiter import InstanceLimits
+from enginehouse.scheduling.tuning import BatchTuner, TunedBatching, Tuning
 from enginehouse.types import InferRequest, InferResponse
 
 
@@ -32,6 +33,8 @@ class BatchingOptions:
     shape_key: Callable[[InferRequest], Hashable] | None = None
     length_of: Callable[[InferRequest], int] | None = None
     """For policies that pad."""
+    tuner: BatchTuner | None = None
+    """Of a policy that is tuned: told of arrivals and answers."""
     gathers: bool = False
     """Let requests that arrive together be seen together before the first batch is cut."""
     preserves_order: bool = False
@@ -55,6 +58,7 @@ class BatchingScheduler:
         self._tracks_tenants = isinstance(options.queue, FairQueue)
         self._shape_key = options.shape_key
         self._length_of = options.length_of
+        self._tuner = options.tuner
         self._gathers = options.gathers
         self._hold_until_queued = options.hold_until_queued
         self._pool = InstancePool(instances)
@@ -91,6 +95,8 @@ class BatchingScheduler:
         if self._length_of is not None:
             ticket.length = self._length_of(request)
         self._queue.add(ticket)
+        if self._tuner is not None:
+            self._tuner.arrived(now_ns)
         request.flow = ticket
         request.on_cancel = self._cancel_queued
         self._in_flight.enter()
@@ -98,9 +104,16 @@ class BatchingScheduler:
 
     def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
         self._pool.set(instances)
+        if self._tuner is not None:
+            self._tuner.num_instances = max(len(instances), 1)
         if self._limits is not None:
             self._limits.set_instances(instances)
         self._pass()
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What the tuner decided last; None without one."""
+        return self._policy.tuning if isinstance(self._policy, TunedBatching) else None
 
     async def drain(self) -> None:
         await self._in_flight.drained()
@@ -191,11 +204,13 @@ class BatchingScheduler:
             if self._order is not None:
                 self._order.open(request)
         self._pool.reserve(instance)
-        instance.execute(Batch(requests, self._on_response, self._on_done, instance=instance, context=cut.size))
+        instance.execute(Batch(requests, self._on_response, self._on_done, instance=instance, context=cut))
 
     def _on_response(self, request: InferRequest, response: InferResponse) -> None:
         if response.final:
             request.on_cancel = None
+            if self._tuner is not None:
+                self._tuner.answered((self._clock.now_ns() - request.times.queued_ns) / 1e9)
             if self._tracks_tenants:
                 self._queue.finished(request)
                 self._look_soon()
@@ -208,7 +223,7 @@ class BatchingScheduler:
         instance = batch.instance
         assert instance is not None, "bug: this loop names the instance of its batches"
         self._observer.on_batch(batch.requests, instance, times, error)
-        if batch.context and error is None:
+        if self._policy.learns and error is None:
             self._policy.learn(batch.context, (times.end_ns - times.start_ns) / 1e9)
         self._pool.release(instance)
         if self._queue.num_requests:

@@ -127,7 +127,7 @@ def test_much_traffic_of_mixed_lengths_comes_near_the_bound() -> None:
         assert isinstance(decision, Cut)
         queue.take(decision.tickets)
         seconds = overhead_s + token_s * decision.size
-        policy.learn(decision.size, seconds)
+        policy.learn(decision, seconds)
         now_s += seconds
         for ticket in decision.tickets:
             tokens += ticket.length
