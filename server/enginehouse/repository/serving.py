@@ -153,7 +153,9 @@ class Serving:
     async def _start(self, served: ServedVersion, definition: ModelDefinition) -> None:
         instances = served.hosted.instances if served.hosted is not None else ()
         if served.generative:
-            served.scheduler = GenerativeScheduler(served.name, served.hosted.generative, served.statistics)
+            served.scheduler = GenerativeScheduler(
+                served.name, str(served.version), served.hosted.generative, served.statistics
+            )
             self._engine_metrics[id(served)] = self._metrics.add_source(served.hosted.generative.metrics)
         else:
             served.scheduler = build_scheduler(

@@ -71,8 +71,11 @@ class _Switches:
 class GenerativeScheduler:
     """contract.Scheduler over an engine."""
 
-    def __init__(self, model_name: str, engine: GenerativeHandle, observer: ExecutionObserver) -> None:
+    def __init__(
+        self, model_name: str, version: str, engine: GenerativeHandle, observer: ExecutionObserver
+    ) -> None:
         self._model_name = model_name
+        self._version = version
         self._engine = engine
         self._observer = observer
         self._in_flight = InFlight(observer)
@@ -196,7 +199,7 @@ class GenerativeScheduler:
             for sequence_id in exchange.ids:
                 self._engine.cancel(sequence_id)
         response.model_name, response.id = self._model_name, exchange.request.id
-        response.model_version = response.model_version or exchange.request.model_version
+        response.model_version = self._version
         self._in_flight.deliver(exchange.request, response)
 
     def _cancel(self, request: InferRequest) -> None:
@@ -207,7 +210,7 @@ class GenerativeScheduler:
     def _response(self, exchange: _Exchange, outputs: list[Tensor], final: bool) -> InferResponse:
         request = exchange.request
         return InferResponse(
-            outputs, final=final, model_name=self._model_name, model_version=request.model_version, id=request.id
+            outputs, final=final, model_name=self._model_name, model_version=self._version, id=request.id
         )
 
     def _outputs(self, exchange: _Exchange, texts: list[str]) -> list[Tensor]:

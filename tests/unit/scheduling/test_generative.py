@@ -58,7 +58,7 @@ def asking(engine: Engine, parameters: dict[str, object] | None = None, **inputs
         array = np.array([value]) if isinstance(value, bool) else np.array([str(value).encode()], dtype=object)
         tensors[name] = Tensor.from_numpy(name, array)
     request = InferRequest("m", inputs=tensors, parameters=dict(parameters or {}), sink=answers.append)  # type: ignore[arg-type]
-    GenerativeScheduler("m", engine, Observer()).submit(request)
+    GenerativeScheduler("m", "1", engine, Observer()).submit(request)
     return answers
 
 
@@ -127,7 +127,7 @@ def test_cancelling_frees_the_sequence_and_answers_once() -> None:
     request = InferRequest(
         "m", inputs={"text_input": Tensor.from_numpy("text_input", np.array([b"x"], object))}, sink=answers.append
     )
-    GenerativeScheduler("m", engine, Observer()).submit(request)
+    GenerativeScheduler("m", "1", engine, Observer()).submit(request)
     request.cancel()
     engine.say(0, "too late")
     assert engine.cancelled == [engine.asked[0].id]
