@@ -22,7 +22,7 @@ from enginehouse.frontends.kserve_grpc.methods import v2_methods
 from enginehouse.frontends.kserve_grpc.reflection import SERVICES, ReflectionMethods, reflection_pool
 from enginehouse.frontends.kserve_http.front_end import V2Handlers, v2_routes
 from enginehouse.frontends.kserve_http.infer import JSON_ALLOWANCE
-from enginehouse.frontends.openai.front_end import OpenAIFrontEnd, refuse_large
+from enginehouse.frontends.openai.front_end import OpenAIFrontEnd
 from enginehouse.frontends.restricted_apis import RestrictedApis
 from enginehouse.frontends.shared_memory.regions import Regions
 from enginehouse.options import ServerOptions
@@ -64,8 +64,9 @@ def make_regions(options: ServerOptions) -> Regions:
 
 def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:
     routes = v2_routes(core, options, regions)
-    if options.allow_openai and options.openai_port is None:
-        routes += OpenAIFrontEnd(core, options).routes()
+    openai = OpenAIFrontEnd(core, options) if options.allow_openai and options.openai_port is None else None
+    if openai is not None:
+        routes += openai.routes()
     if options.allow_console:
         routes += Console(core).routes()
     router = Router(routes, RestrictedApis(options.http_restricted_api))
@@ -76,20 +77,21 @@ def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd
         options.http_port,
         max_body_bytes=JSON_ALLOWANCE * options.http_max_input_size,
         reuse_port=options.reuse_http_port,
-        refuse_large=refuse_large,
+        refuse_large=None if openai is None else openai.refuse_large,
     )
 
 
 def serve_openai(core: Core, options: ServerOptions, port: int) -> FrontEnd:
     """On a port of its own."""
-    routes = [*OpenAIFrontEnd(core, options).routes(), metrics_route(core)]
+    openai = OpenAIFrontEnd(core, options)
+    routes = [*openai.routes(), metrics_route(core)]
     return HttpServer(
         Router(routes, RestrictedApis(())).handle,
         "OpenAI",
         options.openai_host,
         port,
         max_body_bytes=options.http_max_input_size,
-        refuse_large=refuse_large,
+        refuse_large=openai.refuse_large,
     )
 
 

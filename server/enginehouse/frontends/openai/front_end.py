@@ -34,6 +34,7 @@ class OpenAIFrontEnd:
         self._created = int(time.time())
         self._generation = GenerationHandlers(core, options)
         self._restricted = RestrictedOpenAIApis(options.openai_restricted_api)
+        self._max_body_bytes = options.http_max_input_size
         self._num_asked = 0
 
     def routes(self) -> list[Route]:
@@ -60,6 +61,8 @@ class OpenAIFrontEnd:
                 return NOT_FOUND
             if (refused := self._refused("inference", http)) is not None:
                 return refused
+            if len(http.body) > self._max_body_bytes:
+                return self._too_large()
             try:
                 return await handler(http)
             except EnginehouseError as error:
@@ -78,6 +81,17 @@ class OpenAIFrontEnd:
 
     def _has_models(self) -> bool:
         return any(served.generative for served in self._core.registry.all_ready())
+
+    def refuse_large(self, request: Request, max_body_bytes: int) -> HttpResponse:
+        """As this API's clients expect it, on its own paths; else as on all others."""
+        if request.path.startswith("/v1/"):
+            return self._too_large()
+        return error_response(too_large(request.body_bytes, max_body_bytes, "request JSON size of"))
+
+    def _too_large(self) -> HttpResponse:
+        limit = f"exceeds the maximum allowed input size of {self._max_body_bytes} bytes"
+        text = f"Request content size {limit}. Use --http-max-input-size to increase the limit."
+        return named_error(413, "content_too_large", text)
 
     # --- models
 
@@ -161,15 +175,6 @@ class OpenAIFrontEnd:
 
     async def _version(self, http: HttpRequest, parts: PathParts) -> Reply:
         return _json({"version": self._core.server_version})
-
-
-def refuse_large(request: Request, max_body_bytes: int) -> HttpResponse:
-    """As this API's clients expect it, on its own paths; else as on all others."""
-    if not request.path.startswith("/v1/"):
-        what = "request JSON size of"
-        return error_response(too_large(request.body_bytes, max_body_bytes, what))
-    text = f"Request content size exceeds the maximum allowed input size of {max_body_bytes} bytes. "
-    return named_error(413, "content_too_large", text + "Use --http-max-input-size to increase the limit.")
 
 
 def _json(document: Any) -> HttpResponse:
