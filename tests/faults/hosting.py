@@ -106,6 +106,10 @@ def request_of(value: int, columns: int = 2) -> InferRequest:
     return request
 
 
+def child_pids() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
 def open_descriptors() -> Counter[str]:
     """By kind. Segments aren't counted: answers that a test still holds keep theirs."""
     links = Counter[str]()
@@ -133,13 +137,13 @@ async def hosted(
     config = text_format.Merge(changes, text_format.Parse(CONFIG, ModelConfig()))
     hosts = ModelHosts(options=options or HostOptions(more_backends=BACKENDS))
     healths: list[HostHealth] = []
-    before = open_descriptors()
+    before, children = open_descriptors(), child_pids()
     try:
         model = await hosts.load(LoadContext(config, 1, directory), healths.append)
         yield Hosted(model, hosts, healths)
         await model.close()
     finally:
         await hosts.close()
-    assert psutil.Process().children(recursive=True) == []
+    assert child_pids() == children
     assert open_descriptors() == before
     assert hosts.ledger.entries() == []

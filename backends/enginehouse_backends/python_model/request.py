@@ -17,6 +17,7 @@ from enginehouse_backends.python_model.response import (
     InferenceResponse,
     InferenceResponseSender,
     check_parameters,
+    give_up,
 )
 from enginehouse_backends.python_model.tensor import Tensor
 
@@ -55,7 +56,7 @@ class InferenceTrace:
 class InferenceRequest:
     """Made by the backend for each request to the model, and by models for BLS."""
 
-    __slots__ = ("_inputs", "_preferred_memory", "_release_flags", "_request", "_sender", "_trace")
+    __slots__ = ("_inputs", "_is_served", "_preferred_memory", "_release_flags", "_request", "_sender", "_trace")
 
     def __init__(
         self,
@@ -71,6 +72,7 @@ class InferenceRequest:
         trace: InferenceTrace | None = None,
         parameters: Mapping[str, ParameterValue] | None = None,
     ) -> None:
+        self._is_served = False
         what = f"for request with id '{request_id}' and model name '{model_name}'"
         if any(not isinstance(tensor, Tensor) for tensor in inputs):
             raise TritonModelException(f"Input tensor {what} should not be empty.")
@@ -82,7 +84,7 @@ class InferenceRequest:
         self._sender: InferenceResponseSender | None = None
         self._release_flags = TRITONSERVER_REQUEST_RELEASE_ALL
         self._preferred_memory = preferred_memory
-        self._trace = trace or InferenceTrace()
+        self._trace: InferenceTrace | None = trace or InferenceTrace()
         self._request = InferRequest(
             model_name,
             str(model_version) if model_version > 0 else "",
@@ -98,13 +100,19 @@ class InferenceRequest:
     def of_server(cls, request: InferRequest) -> InferenceRequest:
         """A request to this model."""
         made = cls.__new__(cls)
+        made._is_served = True
         made._request = request
         made._inputs = None
         made._sender = None
         made._release_flags = TRITONSERVER_REQUEST_RELEASE_ALL
         made._preferred_memory = None
-        made._trace = None  # type: ignore[assignment]  # made when it is asked for
+        made._trace = None
         return made
+
+    def __del__(self) -> None:
+        # Of a decoupled model only: any other has answered by the time that `execute` returns.
+        if self._is_served and running.decoupled and self._sender is None and not self.is_rescheduled:
+            give_up(self._request)
 
     # --- what is asked
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from enginehouse.errors import FailureReason, Internal
 from enginehouse.types import InferRequest, InferResponse, ParameterValue
 from enginehouse_backends.python_model.context import running
 from enginehouse_backends.python_model.errors import TritonError, TritonModelException, to_model, to_server
@@ -125,6 +127,16 @@ class InferenceResponseSender:
             services.poll()
         return self._request.cancelled
 
-    @property
-    def closed(self) -> bool:
-        return self._closed or (self._num_sent > 0 and not running.decoupled)
+    def __del__(self) -> None:
+        if not self._closed and (running.decoupled or not self._num_sent):
+            give_up(self._request)
+
+
+def give_up(request: InferRequest) -> None:
+    """The model has let go of a request that still owes its final answer: nobody else can give it. If there
+    was one after all, by the list that `execute` returned, the host ignores this."""
+    if request.sink is not None and not sys.is_finalizing():
+        request.sink(InferResponse(error=Internal(_DROPPED, reason=FailureReason.BACKEND)))
+
+
+_DROPPED = "the model let go of the request without its final response"

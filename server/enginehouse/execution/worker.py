@@ -70,6 +70,7 @@ class RunningRequests:
         self._collecting = not loaded.decoupled
         self._collected: list[tuple[int, InferResponse]] = []
         self._num_owed = len(message.requests)
+        self._is_answered = [False] * self._num_owed
         memory = worker.channel.incoming.open(message.block, message.block_nbytes)
         self.requests = [self._view(index, ref, memory, loaded) for index, ref in enumerate(message.requests)]
 
@@ -81,8 +82,9 @@ class RunningRequests:
         return request
 
     def _respond(self, index: int, response: InferResponse) -> None:
-        if index >= len(self.requests):
-            return  # after the last final answer
+        if self._is_answered[index]:
+            return  # the client has gone with the final answer
+        self._is_answered[index] = response.final
         response.outputs = self._joiner.pick(self.requests[index], response.outputs)
         if self._collecting and response.final and threading.get_ident() == self._thread_id:
             self._collected.append((index, response))
@@ -123,6 +125,8 @@ class RunningRequests:
         for index, response in collected:
             outputs, offset = write_tensors(response.outputs, memory, offset)
             refs.append(response_ref(index, response, outputs))
+        if error is not None:
+            self._is_answered = [True] * len(self._is_answered)  # the error is the answer to all that wait
         self._count_final(self._num_owed if error is not None else len(collected))
         del collected
         self._worker.send_done(self.batch_id, block, memory.nbytes, [], refs, error, outcome.times)

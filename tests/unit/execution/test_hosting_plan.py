@@ -125,7 +125,7 @@ def test_memory_is_declared_or_not() -> None:
 
 def test_the_first_segment_holds_two_full_batches() -> None:
     text = (
-        "max_batch_size: 8 input { dims: [3, 224, 224] data_type: TYPE_FP32 } output { dims: -1 data_type: TYPE_INT8 }"
+        "max_batch_size: 8 input { dims: [3, 224, 224] data_type: TYPE_FP32 } output { dims: 9 data_type: TYPE_INT8 }"
     )
     assert first_segment_bytes(parse(text)) == 2 * 8 * 3 * 224 * 224 * 4
     assert first_segment_bytes(parse("input { dims: [1000000000] data_type: TYPE_FP64 }")) == MAX_FIRST_SEGMENT_BYTES

@@ -118,6 +118,41 @@ def test_misuse_of_the_sender_is_refused(tmp_path: Path, use: str, changes: str,
     assert f"TritonModelException: {text}" in failure(tmp_path, SENDER.format(use), changes)
 
 
+@pytest.mark.parametrize(
+    ("body", "changes"),
+    [
+        ("def execute(self, requests):\n    return None", DECOUPLED),
+        (SENDER.format("sender.send(response)"), DECOUPLED),
+        (SENDER.format("pass"), ""),
+    ],
+)
+def test_letting_go_of_a_request_without_its_final_response_is_an_error(
+    tmp_path: Path, body: str, changes: str
+) -> None:
+    [answers] = model(tmp_path, body, changes).run([1])
+    assert str(answers[-1].error) == "the model let go of the request without its final response"
+    assert answers[-1].final
+
+
+def test_a_request_that_is_kept_may_be_answered_later(tmp_path: Path) -> None:
+    body = """
+def execute(self, requests):
+    self.kept = getattr(self, "kept", []) + list(requests)
+    if len(self.kept) == 2:
+        for request in self.kept:
+            request.get_response_sender().send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self.kept = []
+"""
+    with model(tmp_path, body, DECOUPLED).instance() as instance:
+        first, second = request_of(np.zeros(1, np.int32)), request_of(np.zeros(1, np.int32))
+        answers = collect(first)
+        collect(second)
+        instance.execute([first])
+        assert answers == []
+        instance.execute([second])
+        assert [(answer.final, answer.error) for answer in answers] == [(True, None)]
+
+
 # --- asking other models
 
 
