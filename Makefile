@@ -7,7 +7,7 @@ REPOSITORY ?= model_repository
 FLAGS ?=
 # CPU builds are pinned only where there is no NVIDIA driver: any other torch pulls gigabytes of CUDA packages.
 CONSTRAINTS := $(if $(wildcard /dev/nvidia0 /proc/driver/nvidia/version),,-c constraints-cpu.txt)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRAINTS)
 ONNX := $(if $(CONSTRAINTS),onnx,gpu)
 
 .DEFAULT_GOAL := help

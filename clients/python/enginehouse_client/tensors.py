@@ -34,7 +34,8 @@ def encode(name: str, value: object) -> tuple[dict[str, Any], bytes]:
     else:
         found = _NAME_BY_DTYPE.get(array.dtype.newbyteorder("<"))
         if found is None:
-            raise TypeError(f"input '{name}' has type {array.dtype}; the protocol has {sorted(_DTYPE_BY_NAME)} and BYTES")
+            known = ", ".join(sorted(_DTYPE_BY_NAME))
+            raise TypeError(f"input '{name}' has type {array.dtype}; the protocol has {known} and BYTES")
         datatype, data = found, np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
     entry = {
         "name": name,
