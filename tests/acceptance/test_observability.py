@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -56,11 +56,12 @@ def infer_http(server: ServerProcess, model: str = "identity", **more: object) -
     assert (answer.as_numpy("OUTPUT0") == values).all()
 
 
-def infer_grpc(server: ServerProcess, model: str = "identity") -> None:
+def infer_grpc(server: ServerProcess, model: str = "identity", **more: object) -> None:
     values = np.arange(4, dtype=np.float32).reshape(1, 4)
     tensor = grpcclient.InferInput("INPUT0", [1, 4], "FP32").set_data_from_numpy(values)
     with grpcclient.InferenceServerClient(server.grpc) as client:
-        assert (client.infer(model, [tensor]).as_numpy("OUTPUT0") == values).all()
+        answer = client.infer(model, [tensor], request_id="r1", **more)
+    assert (answer.as_numpy("OUTPUT0") == values).all()
 
 
 class TestOneServer:
@@ -111,11 +112,21 @@ class TestOneServer:
             client.update_log_settings({"log_verbose_level": 0, "log_format": "default"})
 
 
-def test_traces_of_an_ensemble_are_written_with_their_steps(repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("infer", "stamps"),
+    [
+        (infer_http, {"HTTP_RECV_START", "HTTP_RECV_END", "HTTP_SEND_START", "HTTP_SEND_END"}),
+        (infer_grpc, {"GRPC_WAITREAD_START", "GRPC_WAITREAD_END", "GRPC_SEND_START", "GRPC_SEND_END"}),
+    ],
+    ids=["http", "grpc"],
+)
+def test_traces_of_an_ensemble_are_written_with_their_steps(
+    infer: Callable[..., None], stamps: set[str], repository: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "trace.json"
     flags = [f"--trace-config=triton,file={path}", "--trace-config=level=TIMESTAMPS", "--trace-config=rate=1"]
     with ServerProcess([repository], flags) as server:
-        infer_http(server, "twice")
+        infer(server, "twice")
     entries = json.loads(path.read_text())
     models = [entry for entry in entries if "model_name" in entry]
     assert [(each["model_name"], "parent_id" in each) for each in models] == [
@@ -126,7 +137,7 @@ def test_traces_of_an_ensemble_are_written_with_their_steps(repository: Path, tm
     assert models[0]["request_id"] == "r1"
     root = {stamp["name"] for e in entries if e["id"] == models[0]["id"] for stamp in e.get("timestamps", ())}
     step = {stamp["name"] for e in entries if e["id"] == models[1]["id"] for stamp in e.get("timestamps", ())}
-    assert {"HTTP_RECV_START", "HTTP_RECV_END", "HTTP_SEND_START", "HTTP_SEND_END"} <= root
+    assert stamps <= root
     assert {"REQUEST_START", "QUEUE_START", "COMPUTE_START", "COMPUTE_END", "REQUEST_END"} <= step
 
 

@@ -326,12 +326,16 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18500)
     parser.add_argument("--no-peer", dest="peer", action="store_false")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--rows", type=Path, nargs="+", help="report what --json of earlier runs wrote")
     parser.add_argument("--report", type=Path)
     args = parser.parse_args()
     console = Console(width=160)
     folder = ROOT / "build" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
-    rows = run(args, folder, console)
+    if args.rows:
+        rows = [Row(**each) for path in args.rows for each in json.loads(path.read_text())]
+    else:
+        rows = run(args, folder, console)
     shown = Table(*HEADERS)
     for line in table(rows):
         shown.add_row(*line)

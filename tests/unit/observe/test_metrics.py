@@ -275,6 +275,15 @@ class FakeNvml:
         return value
 
 
+def test_the_fake_has_the_real_librarys_functions() -> None:
+    import pynvml
+
+    for name in vars(FakeNvml):
+        if name.startswith("nvml"):
+            assert callable(getattr(pynvml, name))
+    assert issubclass(pynvml.NVMLError, Exception)
+
+
 def test_gpus_are_read_at_most_once_an_interval_and_missing_readings_left_out() -> None:
     nvml = FakeNvml()
     reader = GpuReader(nvml, interval_ns=100)
