@@ -25,7 +25,7 @@ from enginehouse.errors import (
 from enginehouse.observe.logs import log_for_model
 from enginehouse.repository.definition import Override
 from enginehouse.repository.lifecycle import Lifecycle
-from enginehouse.repository.registry import IndexEntry, Registry, ServedVersion
+from enginehouse.repository.registry import DUPLICATE, IndexEntry, Registry, ServedVersion, VersionState
 from enginehouse.types import GenerateRequest, InferRequest, InferResponse, TokenEvent
 
 __all__ = ["Core", "IndexEntry", "ServedVersion"]
@@ -117,7 +117,10 @@ class Core:
         return self.registry.find(name, version)
 
     def index(self, repository: str = "", ready_only: bool = False) -> list[IndexEntry]:
-        return self.registry.index(self.source.known_names(), ready_only)
+        duplicates = self.source.known_duplicates()
+        names = [name for name in self.source.known_names() if name not in duplicates]
+        refused = [IndexEntry(name, "", VersionState.UNAVAILABLE.value, DUPLICATE) for name in sorted(duplicates)]
+        return self.registry.index(names, ready_only) + refused
 
     async def load(
         self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None

@@ -73,6 +73,25 @@ def test_all_are_served_and_a_name_may_be_ambiguous(roots: list[Path]) -> None:
         assert sorted(index) == [("first", "READY"), ("member", "READY"), ("member", "READY"), ("second", "READY")]
 
 
+def test_without_namespaces_a_name_serves_from_one_repository_alone(roots: list[Path], tmp_path: Path) -> None:
+    flags = ["--model-control-mode=poll", "--repository-settle-ms=100", "--exit-on-error=false"]
+    shutil.move(roots[1], tmp_path / "away")
+    roots[1].mkdir()
+    with ServerProcess(roots, flags) as server:
+        client, ask = http.InferenceServerClient(server.http), asker(server)
+        assert ask("member") == 1
+        shutil.move(tmp_path / "away" / "member", roots[1] / "member")
+        wait_for(lambda: _answers(ask, "member") is None, "the end of the ambiguous model")
+        found = {entry["name"]: entry for entry in client.get_model_repository_index()}
+        assert found["member"] == {
+            "name": "member",
+            "state": "UNAVAILABLE",
+            "reason": "model appears in two or more repositories",
+        }
+        shutil.move(roots[0] / "member", tmp_path / "gone")
+        wait_for(lambda: _answers(ask, "member") == 2, "the model of the other repository")
+
+
 def test_explicit_loads_find_the_member_that_is_there(roots: list[Path], tmp_path: Path) -> None:
     flags = ["--model-namespacing=true", "--model-control-mode=explicit"]
     shutil.move(roots[0] / "member", tmp_path / "away")

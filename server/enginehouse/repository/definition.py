@@ -22,6 +22,10 @@ class PollError(Exception):
     """The model can't be found or its config can't be read; the text says which and where."""
 
 
+class NotUnique(PollError):
+    """The name is in more than one repository: none of them may serve under it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Override:
     """What a load request brings: a config that replaces the file's, and files (by relative path)."""

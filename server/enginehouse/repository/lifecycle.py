@@ -18,7 +18,7 @@ from enginehouse.execution.ledger import InsufficientMemory
 from enginehouse.execution.residency import Resident, choose_victims, outstayed
 from enginehouse.repository.agents import Event
 from enginehouse.repository.contract import ModelSource, VersionBuilder
-from enginehouse.repository.definition import ModelDefinition, Override, PollError
+from enginehouse.repository.definition import ModelDefinition, NotUnique, Override, PollError
 from enginehouse.repository.load_plan import Loaded, plan_load
 from enginehouse.repository.registry import UNLOADED, Registry, ServedVersion, VersionState
 from enginehouse.repository.residents import residents
@@ -138,6 +138,8 @@ class Lifecycle:
             definition = await asyncio.to_thread(self._source.poll, name, None)
         except PollError as problem:
             logger.error("Poll failed for model '%s': %s", name, problem)
+            if isinstance(problem, NotUnique) and name in self._loaded:
+                await self.unload(name)
             return
         failed = self._failed.get(name)
         if failed is not None and failed.same_as(definition):

@@ -29,6 +29,7 @@ class VersionState(StrEnum):
     UNAVAILABLE = "UNAVAILABLE"
 
 
+DUPLICATE = "model appears in two or more repositories"
 UNLOADED = "unloaded"
 """The reason of a version that was asked to go."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,7 +17,7 @@ from enginehouse.config.artifacts import version_folders
 from enginehouse.config.schema import ModelConfig, ModelServing
 from enginehouse.errors import EnginehouseError
 from enginehouse.repository.agents import AgentChain, Agents
-from enginehouse.repository.definition import NAMESPACE_END, ModelDefinition, Override, PollError, plain_name
+from enginehouse.repository.definition import NAMESPACE_END, ModelDefinition, NotUnique, Override, PollError, plain_name
 from enginehouse.repository.layout import Entry, belongs_to, files_of, models_in, pick_versions
 from enginehouse.repository.storage import LocalRoot, Root
 
@@ -79,6 +80,11 @@ class Repositories:
         """As last seen: never waits for a network."""
         return sorted({self._key(root, name) for root in self.roots for name in models_in(root.known_entries())})
 
+    def known_duplicates(self) -> set[str]:
+        """Names that are in more than one repository. As last seen: never waits for a network."""
+        seen = Counter(self._key(root, name) for root in self.roots for name in models_in(root.known_entries()))
+        return {name for name, number in seen.items() if number > 1}
+
     def keys_of(self, name: str) -> list[str]:
         """The models that a name means: with namespaces, those of that name in all of them."""
         if not self._has_namespaces or NAMESPACE_END in name:
@@ -132,7 +138,7 @@ class Repositories:
             raise PollError(f"no model '{name}' in {looked}")
         if len(holders) > 1:
             places = ", ".join(root.url for root, _ in holders)
-            raise PollError(f"model '{name}' is in more than one repository: {places}")
+            raise NotUnique(f"failed to poll model '{name}': not unique across all model repositories: {places}")
         return holders[0]
 
     def _find(self, name: str) -> _Found:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from enginehouse.repository.agents import AgentModel, Agents, Event, RepositoryAgent
-from enginehouse.repository.definition import Override, PollError
+from enginehouse.repository.definition import NotUnique, Override, PollError
 from enginehouse.repository.source import Repositories
 
 
@@ -83,7 +83,8 @@ def test_a_model_in_two_repositories_is_refused(root: Path, tmp_path: Path) -> N
     other = write(tmp_path / "other", {"m/1/model.py": "", "n/1/model.py": ""})
     source = Repositories([root, other])
     assert source.names() == ["m", "n"]
-    with pytest.raises(PollError, match="model 'm' is in more than one repository"):
+    assert source.known_duplicates() == {"m"}
+    with pytest.raises(NotUnique, match="failed to poll model 'm': not unique across all model repositories"):
         source.poll("m", None)
     assert source.poll("n", None).directory == other / "n"
 
