@@ -26,6 +26,7 @@ from enginehouse.observe.logs import log_for_model
 from enginehouse.repository.definition import Override
 from enginehouse.repository.lifecycle import Lifecycle
 from enginehouse.repository.registry import DUPLICATE, IndexEntry, Registry, ServedVersion, VersionState
+from enginehouse.scheduling.tuning_report import with_tuning
 from enginehouse.types import GenerateRequest, InferRequest, InferResponse, TokenEvent
 
 __all__ = ["Core", "IndexEntry", "ServedVersion"]
@@ -159,7 +160,7 @@ class Core:
                 raise InvalidArgument(
                     f"requested model version is not available for model '{name}'"
                 ) from None
-        return [one.statistics.message() for one in served]
+        return [with_tuning(one.statistics.message(), one.scheduler) for one in served]
 
     # --- inference
 

@@ -800,7 +800,18 @@ class ModelStatistics(Message):
     def memory_usage(self) -> RepeatedCompositeFieldContainer[MemoryUsage]: ...
     @property
     def response_stats(self) -> MessageMap[str, InferResponseStatistics]: ...
-    def __init__(self, *, name: str | None = ..., version: str | None = ..., last_inference: int | None = ..., inference_count: int | None = ..., execution_count: int | None = ..., inference_stats: InferStatistics | None = ..., batch_stats: Iterable[InferBatchStatistics] | None = ..., memory_usage: Iterable[MemoryUsage] | None = ..., response_stats: Mapping[str, InferResponseStatistics] | None = ...) -> None: ...
+    @property
+    def tuning(self) -> BatchTuning: ...
+    def __init__(self, *, name: str | None = ..., version: str | None = ..., last_inference: int | None = ..., inference_count: int | None = ..., execution_count: int | None = ..., inference_stats: InferStatistics | None = ..., batch_stats: Iterable[InferBatchStatistics] | None = ..., memory_usage: Iterable[MemoryUsage] | None = ..., response_stats: Mapping[str, InferResponseStatistics] | None = ..., tuning: BatchTuning | None = ...) -> None: ...
+
+class BatchTuning(Message):
+    max_batch_size: int
+    queue_delay_us: int
+    p99_ms: float
+    arrivals_per_s: float
+    overhead_ms: float
+    row_ms: float
+    def __init__(self, *, max_batch_size: int | None = ..., queue_delay_us: int | None = ..., p99_ms: float | None = ..., arrivals_per_s: float | None = ..., overhead_ms: float | None = ..., row_ms: float | None = ...) -> None: ...
 
 class ModelStatisticsResponse(Message):
     @property

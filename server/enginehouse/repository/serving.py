@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from enginehouse.backend import LoadContext
 from enginehouse.config import completion, tensors, validation
 from enginehouse.config.labels import read_labels
+from enginehouse.config.reading import print_config
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import InvalidArgument
 from enginehouse.execution.contract import HostedModel, HostHealth, HostState
@@ -27,6 +29,7 @@ from enginehouse.scheduling.ensemble_check import check_ensemble
 from enginehouse.scheduling.generative import GenerativeScheduler
 from enginehouse.scheduling.rate_limiter import RateLimiter
 from enginehouse.scheduling.response_cache import ResponseCache
+from enginehouse.scheduling.tuning_report import frozen_config, tuning_of
 from enginehouse.scheduling.warmup import warm_up
 
 logger = logging.getLogger("enginehouse.repository")
@@ -53,6 +56,7 @@ class Serving:
         self._complete_configs = complete_configs
         self._rate_limiter = rate_limiter
         self._cache = cache
+        self._folders: dict[ServedVersion, Path] = {}
         self._engine_metrics: dict[int, Callable[[], None]] = {}
 
     async def build(self, definition: ModelDefinition, version: int) -> ServedVersion:
@@ -79,6 +83,7 @@ class Serving:
     async def retire(self, served: ServedVersion) -> None:
         if served.scheduler is not None:
             await served.scheduler.drain()
+        await self._write_tuning(served)
         await self._dismantle(served)
 
     async def set_instances(self, served: ServedVersion, config: ModelConfig) -> None:
@@ -152,6 +157,7 @@ class Serving:
 
     async def _start(self, served: ServedVersion, definition: ModelDefinition) -> None:
         instances = served.hosted.instances if served.hosted is not None else ()
+        self._folders[served] = definition.directory
         if served.generative:
             served.scheduler = GenerativeScheduler(
                 served.name, str(served.version), served.hosted.generative, served.statistics
@@ -179,7 +185,21 @@ class Serving:
             served.config, definition.directory, instances, served.statistics, served.checks.check
         )
 
+    async def _write_tuning(self, served: ServedVersion) -> None:
+        """What the tuner learnt outlives the model where the config asks for it."""
+        tuning, folder = tuning_of(served.scheduler), self._folders.get(served)
+        if tuning is None or folder is None or not tuning.p99_ms or not served.config.serving.batching.write_back:
+            return
+        path = folder / "configs" / "tuned.pbtxt"
+        content = print_config(frozen_config(served.config, tuning), path.suffix)
+        try:
+            await asyncio.to_thread(write_whole, path, content)
+            logger.info("wrote what the tuner of '%s' learnt to %s", served.name, path)
+        except OSError as error:
+            logger.error("can't write what the tuner of '%s' learnt to %s: %s", served.name, path, error)
+
     async def _dismantle(self, served: ServedVersion) -> None:
+        self._folders.pop(served, None)
         if (end_source := self._engine_metrics.pop(id(served), None)) is not None:
             end_source()
         if served.scheduler is not None:
@@ -217,3 +237,11 @@ class Serving:
             return record.last_config
         return self._registry.find(name, version).config
 
+
+
+def write_whole(path: Path, content: str) -> None:
+    """So that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(content, encoding="utf-8")
+    part.replace(path)

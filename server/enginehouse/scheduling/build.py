@@ -10,10 +10,11 @@ from enginehouse.errors import NotFound
 from enginehouse.execution.contract import InstanceHandle
 from enginehouse.execution.padding import PaddingPlan
 from enginehouse.scheduling import test_hooks
+from enginehouse.scheduling.batch_rule import RuledBatching, load_rule
 from enginehouse.scheduling.caching import CachingScheduler
 from enginehouse.scheduling.clock import Clock, LoopClock
 from enginehouse.scheduling.contract import ExecutionObserver, Scheduler, SubmitRequest
-from enginehouse.scheduling.dynamic_batching import DynamicBatching, shape_key_of
+from enginehouse.scheduling.dynamic_batching import BatchPolicy, DynamicBatching, shape_key_of
 from enginehouse.scheduling.ensemble import EnsembleScheduler
 from enginehouse.scheduling.ensemble_check import ConfigLookup
 from enginehouse.scheduling.fairness import FairQueue, Tenant
@@ -51,7 +52,7 @@ def build_scheduler(
     """The scheduler of one loaded version. Call on the server's loop.
 
     `submit` is the core's own and runs ensemble steps; `lookup(name, version)` gives the config of a ready
-    model to them; `model_directory` holds the files that the config names (initial states). The rate
+    model to them; `model_directory` holds the files that the config names (initial states, batch rules). The rate
     limiter and the cache are the server's, or None; `fingerprint` tells the cache apart what the version
     holds now from what it held before. Raises InvalidArgument if something doesn't fit.
     """
@@ -65,7 +66,9 @@ def build_scheduler(
             sequence_options = _sequence_options(config, model_directory)
             scheduler = SequenceScheduler(sequence_options, instances, observer, clock, limits)
         else:
-            scheduler = BatchingScheduler(_batching_options(config), instances, observer, clock, limits)
+            scheduler = BatchingScheduler(
+                _batching_options(config, model_directory), instances, observer, clock, limits
+            )
     if cache is None or not may_cache(config):
         return scheduler
     return CachingScheduler(
@@ -86,16 +89,13 @@ def may_cache(config: ModelConfig) -> bool:
     return config.response_cache.enable and not stateful
 
 
-def _batching_options(config: ModelConfig) -> BatchingOptions:
+def _batching_options(config: ModelConfig, model_directory: Path | None) -> BatchingOptions:
     if not config.HasField("dynamic_batching"):
         return BatchingOptions(queue=_queue_of(config))
-    plain = DynamicBatching.of(config)
     plan = PaddingPlan.of(config)
-    reorders = bool(plan) and not config.dynamic_batching.preserve_ordering
-    policy = LengthBatching(plain, plan.target, plan.max_waste) if reorders else plain
-    tuner = _tuner_of(config, plain.max_rows)
+    policy, tuner = _policy_of(config, plan, model_directory)
     return BatchingOptions(
-        policy=TunedBatching(policy, tuner) if tuner is not None else policy,
+        policy=policy,
         queue=_queue_of(config),
         shape_key=shape_key_of(config, {one.name: one.axis for one in plan.inputs}),
         length_of=plan.length_of if plan else None,
@@ -104,6 +104,21 @@ def _batching_options(config: ModelConfig) -> BatchingOptions:
         preserves_order=config.dynamic_batching.preserve_ordering,
         hold_until_queued=test_hooks.delay_scheduler(),
     )
+
+
+def _policy_of(
+    config: ModelConfig, plan: PaddingPlan, model_directory: Path | None
+) -> tuple[BatchPolicy, BatchTuner | None]:
+    """Whoever decides, and the tuner that it has, if it has one."""
+    plain = DynamicBatching.of(config)
+    place = config.serving.batching.rule
+    if place:
+        return RuledBatching(load_rule(place, model_directory), place, plain), None
+    # which of the waiting requests join would change their order
+    by_length = bool(plan) and not config.dynamic_batching.preserve_ordering
+    policy = LengthBatching(plain, plan.target, plan.max_waste) if by_length else plain
+    tuner = _tuner_of(config, plain.max_rows)
+    return (policy, None) if tuner is None else (TunedBatching(policy, tuner), tuner)
 
 
 def _tuner_of(config: ModelConfig, max_rows: int) -> BatchTuner | None:

@@ -17,6 +17,8 @@ from enginehouse.scheduling.contract import ExecutionObserver, Scheduler
 from enginehouse.scheduling.in_flight import cancelled, stopped
 from enginehouse.scheduling.ordering import ResponseOrder
 from enginehouse.scheduling.response_cache import CacheEntry, LocalCache, ResponseCache, cache_key
+from enginehouse.scheduling.tuning import Tuning
+from enginehouse.scheduling.tuning_report import tuning_of
 from enginehouse.types import InferRequest, InferResponse, ResponseSink
 
 
@@ -84,6 +86,10 @@ class CachingScheduler:
             self._pass_on(request, key, lookup_ns)
             if self._order is not None:
                 self._order.open(request)
+
+    @property
+    def tuning(self) -> Tuning | None:
+        return tuning_of(self._inner)
 
     def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
         self._inner.set_instances(instances)

@@ -71,9 +71,7 @@ class _Switches:
 class GenerativeScheduler:
     """contract.Scheduler over an engine."""
 
-    def __init__(
-        self, model_name: str, version: str, engine: GenerativeHandle, observer: ExecutionObserver
-    ) -> None:
+    def __init__(self, model_name: str, version: str, engine: GenerativeHandle, observer: ExecutionObserver) -> None:
         self._model_name = model_name
         self._version = version
         self._engine = engine

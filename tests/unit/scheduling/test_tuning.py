@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
+from enginehouse.config.schema import ModelStatistics
 from enginehouse.scheduling.dynamic_batching import Cut, DynamicBatching, Wait
 from enginehouse.scheduling.length_batching import LengthBatching
 from enginehouse.scheduling.queue import RequestQueue, Ticket
-from enginehouse.scheduling.tuning import BatchTuner, TunedBatching
+from enginehouse.scheduling.tuning import BatchTuner, TunedBatching, Tuning
+from enginehouse.scheduling.tuning_report import frozen_config, with_tuning
 from enginehouse.types import InferRequest
 
 from .factories import batching_config, rig_of
@@ -163,3 +165,23 @@ def test_the_scheduler_shows_what_was_decided() -> None:
     assert 1 <= tuning.max_rows <= 8
     assert tuning.arrivals_per_s == pytest.approx(200, rel=0.1)
     assert rig_of(batching_config()).scheduler.tuning is None  # type: ignore[attr-defined]
+
+
+def test_a_decision_can_be_frozen_into_a_config() -> None:
+    config = batching_config("preferred_batch_size: [2, 4]", max_batch_size=16)
+    config.serving.batching.target_p99_ms = 50
+    frozen = frozen_config(config, Tuning(8, 1500))
+    assert list(frozen.dynamic_batching.preferred_batch_size) == [8]
+    assert frozen.dynamic_batching.max_queue_delay_microseconds == 1500
+    assert not frozen.serving.batching.target_p99_ms
+    assert config.serving.batching.target_p99_ms == 50
+
+
+def test_statistics_tell_what_was_decided() -> None:
+    config = batching_config(max_batch_size=16)
+    assert not with_tuning(ModelStatistics(), rig_of(config).scheduler).HasField("tuning")
+    config.serving.batching.target_p99_ms = 50
+    rig = rig_of(config)
+    rig.send(1)
+    rig.clock.run_soon()
+    assert with_tuning(ModelStatistics(), rig.scheduler).tuning.max_batch_size == 16
