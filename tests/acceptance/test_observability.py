@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -45,7 +46,37 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
         '    output_map { key: "OUTPUT0" value: "OUTPUT0" } }\n'
         "] }\n"
     )
+    counting = folder / "counting" / "1"
+    counting.mkdir(parents=True)
+    (folder / "counting" / "config.pbtxt").write_text(
+        'backend: "python" max_batch_size: 8 instance_group [ { count: 2 } ]\n'
+        'input [ { name: "INPUT0" data_type: TYPE_FP32 dims: [ -1 ] } ]\n'
+        'output [ { name: "OUTPUT0" data_type: TYPE_FP32 dims: [ -1 ] } ]\n'
+    )
+    (counting / "model.py").write_text(COUNTING)
     return folder
+
+
+COUNTING = """
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        pages = pb_utils.MetricFamily("pages_read", "Pages read.", pb_utils.MetricFamily.COUNTER)
+        sizes = pb_utils.MetricFamily("page_size", "Sizes of pages.", pb_utils.MetricFamily.HISTOGRAM)
+        self.pages = pages.Metric(labels={"reader": "a"})
+        self.sizes = sizes.Metric(buckets=[1, 2, 4])
+
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            values = pb_utils.get_input_tensor_by_name(request, "INPUT0").as_numpy()
+            self.pages.increment(1)
+            self.sizes.observe(values.size)
+            responses.append(pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT0", values)]))
+        return responses
+"""
 
 
 def infer_http(server: ServerProcess, model: str = "identity", **more: object) -> None:
@@ -68,6 +99,7 @@ class TestOneServer:
     @pytest.fixture(scope="class")
     def server(self, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         flags = ["--metrics-config=summary_latencies=true", "--cache-config=local,size=1048576"]
+        flags += ["--model-control-mode=explicit", "--load-model=*"]
         with ServerProcess([repository], flags) as server:
             yield server
 
@@ -91,7 +123,31 @@ class TestOneServer:
         infer_http(server)
         infer_grpc(server, "twice")
         after = successes()
-        assert {name: after[name] - before[name] for name in after} == {"identity": 3, "twice": 1, "add_sub": 0}
+        assert {name: after[name] - before[name] for name in after} == {
+            "identity": 3,
+            "twice": 1,
+            "add_sub": 0,
+            "counting": 0,
+        }
+
+    def test_metrics_of_a_model_with_two_instances_come_and_go_with_it(self, server: ServerProcess) -> None:
+        def exposition() -> str:
+            with urllib.request.urlopen(server.metrics_url) as answer:
+                return str(answer.read().decode())
+
+        infer_http(server, "counting")
+        infer_http(server, "counting")
+        text = exposition()
+        assert "# HELP pages_read Pages read.\n# TYPE pages_read counter\n" in text
+        assert 'pages_read{reader="a"} 2\n' in text
+        assert 'page_size_bucket{le="4"} 2\n' in text
+        assert 'page_size_bucket{le="2"} 0\n' in text
+        with httpclient.InferenceServerClient(server.http) as client:
+            client.unload_model("counting")
+            deadline = time.monotonic() + 20
+            while "pages_read" in exposition():
+                assert time.monotonic() < deadline, "the metrics outlived their model"
+                time.sleep(0.05)
 
     def test_statistics_of_both_protocols_agree(self, server: ServerProcess) -> None:
         infer_http(server)

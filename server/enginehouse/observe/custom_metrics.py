@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,7 +27,8 @@ LabelKey = tuple[tuple[str, str], ...]
 
 @dataclass(slots=True)
 class CustomMetric:
-    owners: set[Owner]
+    holders: Counter[Owner]
+    """How often each made it: every instance of a model does, and the last one's removal counts."""
     value: float = 0.0
     bounds: tuple[float, ...] = ()
     counts: list[int] = field(default_factory=list)
@@ -37,7 +39,7 @@ class CustomMetric:
 class CustomFamily:
     kind: str
     help: str
-    owners: set[Owner]
+    holders: Counter[Owner]
     metrics: dict[LabelKey, CustomMetric] = field(default_factory=dict)
 
 
@@ -47,7 +49,7 @@ class CustomMetrics:
     def __init__(self) -> None:
         self._families: dict[str, CustomFamily] = {}
 
-    def __call__(
+    def call(
         self, model: str, version: int, operation: str, family: str, labels: Mapping[str, str], value: Any
     ) -> float | None:
         """What Services.metric does. Operations and their `value`:
@@ -72,9 +74,9 @@ class CustomMetrics:
             case "value":
                 return self.value(family, labels)
             case "remove_metric":
-                self._drop_metric(owner, family, _key(labels))
+                self._release_metric(owner, family, _key(labels))
             case "remove_family":
-                self._drop_family(owner, family)
+                self._release_family(owner, family)
             case _:
                 raise InvalidArgument(f"unknown metric operation '{operation}'")
         return None
@@ -86,10 +88,10 @@ class CustomMetrics:
             raise InvalidArgument(f"'{name}' is no name for a metric family")
         if kind not in KINDS:
             raise InvalidArgument(f"metric kind '{kind}' of family '{name}' must be one of {', '.join(KINDS)}")
-        known = self._families.setdefault(name, CustomFamily(kind, help_text, set()))
+        known = self._families.setdefault(name, CustomFamily(kind, help_text, Counter()))
         if known.kind != kind:
             raise AlreadyExists(f"metric family '{name}' exists already as a {known.kind}, not a {kind}")
-        known.owners.add(owner)
+        known.holders[owner] += 1
 
     def add_metric(self, owner: Owner, family: str, labels: Mapping[str, str], bounds: Sequence[float]) -> None:
         """The same labels again give the same metric."""
@@ -105,9 +107,9 @@ class CustomMetrics:
             raise InvalidArgument("'buckets' must be monotonically increasing")
         metric = known.metrics.get(_key(labels))
         if metric is None:
-            metric = CustomMetric(set(), bounds=tuple(bounds), counts=[0] * (len(bounds) + 1))
+            metric = CustomMetric(Counter(), bounds=tuple(bounds), counts=[0] * (len(bounds) + 1))
             known.metrics[_key(labels)] = metric
-        metric.owners.add(owner)
+        metric.holders[owner] += 1
 
     def increment(self, family: str, labels: Mapping[str, str], by: float) -> None:
         kind, metric = self._metric(family, labels)
@@ -139,9 +141,16 @@ class CustomMetrics:
         return metric.value
 
     def drop_owner(self, model: str, version: int) -> None:
-        """The version is gone: what only it held goes too."""
-        for name in list(self._families):
-            self._drop_family((model, version), name)
+        """The version is gone: what only it held goes too, however often it held it."""
+        owner = (model, version)
+        for name, family in list(self._families.items()):
+            for key, metric in list(family.metrics.items()):
+                del metric.holders[owner]
+                if not metric.holders:
+                    del family.metrics[key]
+            del family.holders[owner]
+            if not family.holders:
+                del self._families[name]
 
     def families(self) -> Iterator[MetricFamily]:
         for name, family in self._families.items():
@@ -170,23 +179,24 @@ class CustomMetrics:
             raise NotFound(f"there is no metric of family '{family}' with labels {dict(labels)}")
         return known.kind, known.metrics[_key(labels)]
 
-    def _drop_metric(self, owner: Owner, family: str, key: LabelKey) -> None:
+    def _release_metric(self, owner: Owner, family: str, key: LabelKey) -> None:
         known = self._families.get(family)
         metric = known.metrics.get(key) if known else None
-        if known is not None and metric is not None:
-            metric.owners.discard(owner)
-            if not metric.owners:
-                del known.metrics[key]
+        if known is not None and metric is not None and _released(metric.holders, owner):
+            del known.metrics[key]
 
-    def _drop_family(self, owner: Owner, name: str) -> None:
+    def _release_family(self, owner: Owner, name: str) -> None:
         known = self._families.get(name)
-        if known is None:
-            return
-        for key in list(known.metrics):
-            self._drop_metric(owner, name, key)
-        known.owners.discard(owner)
-        if not known.owners:
+        if known is not None and _released(known.holders, owner):
             del self._families[name]
+
+
+def _released(holders: Counter[Owner], owner: Owner) -> bool:
+    """Takes one hold back; whether nobody holds it any more."""
+    holders[owner] -= 1
+    if holders[owner] <= 0:
+        del holders[owner]
+    return not holders
 
 
 def _key(labels: Mapping[str, str]) -> LabelKey:

@@ -322,28 +322,28 @@ def test_numbers_are_written_short() -> None:
 class TestCustomMetrics:
     def make(self, kind: str = "counter", **labels: str) -> CustomMetrics:
         custom = CustomMetrics()
-        custom("m", 1, "family", "requests_seen", {}, {"description": "Seen.", "kind": kind})
-        custom("m", 1, "metric", "requests_seen", labels, [1, 2] if kind == "histogram" else None)
+        custom.call("m", 1, "family", "requests_seen", {}, {"description": "Seen.", "kind": kind})
+        custom.call("m", 1, "metric", "requests_seen", labels, [1, 2] if kind == "histogram" else None)
         return custom
 
     def test_a_counter_goes_up(self) -> None:
         custom = self.make(model="m")
-        custom("m", 1, "increment", "requests_seen", {"model": "m"}, 2.5)
-        assert custom("m", 1, "value", "requests_seen", {"model": "m"}, None) == 2.5
+        custom.call("m", 1, "increment", "requests_seen", {"model": "m"}, 2.5)
+        assert custom.call("m", 1, "value", "requests_seen", {"model": "m"}, None) == 2.5
         (family,) = custom.families()
         assert (family.kind, family.help) == ("counter", "Seen.")
         assert list(family.samples) == [("", {"model": "m"}, 2.5)]
 
     def test_a_gauge_is_set_and_moved(self) -> None:
         custom = self.make("gauge")
-        custom("m", 1, "set", "requests_seen", {}, 10)
-        custom("m", 1, "increment", "requests_seen", {}, -3)
-        assert custom("m", 1, "value", "requests_seen", {}, None) == 7
+        custom.call("m", 1, "set", "requests_seen", {}, 10)
+        custom.call("m", 1, "increment", "requests_seen", {}, -3)
+        assert custom.call("m", 1, "value", "requests_seen", {}, None) == 7
 
     def test_a_histogram_counts_in_buckets(self) -> None:
         custom = self.make("histogram")
         for value in (0.5, 1, 1.5, 9):
-            custom("m", 1, "observe", "requests_seen", {}, value)
+            custom.call("m", 1, "observe", "requests_seen", {}, value)
         (family,) = custom.families()
         assert [(suffix, labels.get("le"), value) for suffix, labels, value in family.samples] == [
             ("_bucket", "1", 2),
@@ -373,24 +373,36 @@ class TestCustomMetrics:
         self, kind: str, operation: str, value: object, error: type[EnginehouseError]
     ) -> None:
         with pytest.raises(error):
-            self.make(kind)("m", 1, operation, "requests_seen", {}, value)
+            self.make(kind).call("m", 1, operation, "requests_seen", {}, value)
 
     def test_names_are_checked_before_they_can_spoil_the_exposition(self) -> None:
         with pytest.raises(InvalidArgument, match="'a b' is no name"):
-            CustomMetrics()("m", 1, "family", "a b", {}, {"description": "", "kind": "gauge"})
+            CustomMetrics().call("m", 1, "family", "a b", {}, {"description": "", "kind": "gauge"})
         with pytest.raises(InvalidArgument, match="'a-b' is no name for a label"):
-            self.make("gauge")("m", 1, "metric", "requests_seen", {"a-b": "x"}, None)
+            self.make("gauge").call("m", 1, "metric", "requests_seen", {"a-b": "x"}, None)
+
+    def test_a_metric_stays_until_the_last_instance_lets_it_go(self) -> None:
+        custom = self.make(model="m")
+        custom.call("m", 1, "family", "requests_seen", {}, {"description": "Seen.", "kind": "counter"})
+        custom.call("m", 1, "metric", "requests_seen", {"model": "m"}, None)
+        custom.call("m", 1, "increment", "requests_seen", {"model": "m"}, 1)
+        custom.call("m", 1, "remove_metric", "requests_seen", {"model": "m"}, None)
+        custom.call("m", 1, "remove_family", "requests_seen", {}, None)
+        assert custom.call("m", 1, "value", "requests_seen", {"model": "m"}, None) == 1
+        custom.call("m", 1, "remove_metric", "requests_seen", {"model": "m"}, None)
+        custom.call("m", 1, "remove_family", "requests_seen", {}, None)
+        assert list(custom.families()) == []
 
     def test_models_share_a_family_and_it_goes_with_the_last(self) -> None:
         custom = self.make(model="m")
-        custom("n", 2, "family", "requests_seen", {}, {"description": "", "kind": "COUNTER"})
-        custom("n", 2, "metric", "requests_seen", {"model": "n"}, None)
+        custom.call("n", 2, "family", "requests_seen", {}, {"description": "", "kind": "COUNTER"})
+        custom.call("n", 2, "metric", "requests_seen", {"model": "n"}, None)
         with pytest.raises(AlreadyExists):
-            custom("n", 2, "family", "requests_seen", {}, {"description": "", "kind": "gauge"})
+            custom.call("n", 2, "family", "requests_seen", {}, {"description": "", "kind": "gauge"})
         custom.drop_owner("m", 1)
         (family,) = custom.families()
         assert [labels for _, labels, _ in family.samples] == [{"model": "n"}]
         custom.drop_owner("n", 2)
         assert list(custom.families()) == []
         with pytest.raises(NotFound):
-            custom("n", 2, "increment", "requests_seen", {"model": "n"}, 1)
+            custom.call("n", 2, "increment", "requests_seen", {"model": "n"}, 1)
