@@ -6,6 +6,8 @@ are read where they lie, and outputs are handed on as views of ONNX Runtime's me
 
 from __future__ import annotations
 
+import contextlib
+import io
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +33,7 @@ from enginehouse_backends.artifacts import artifact_path, total_bytes
 from enginehouse_backends.onnx_runtime.onnx_file import OnnxFile, OnnxValue, read_onnx_file
 from enginehouse_backends.onnx_runtime.session_settings import (
     CPU,
+    CUDA,
     providers,
     run_options,
     session_options,
@@ -49,6 +52,9 @@ DATATYPE_BY_ELEMENT_TYPE = {
     6: DataType.INT32, 7: DataType.INT64, 8: DataType.BYTES, 9: DataType.BOOL, 10: DataType.FP16,
     11: DataType.FP64, 12: DataType.UINT32, 13: DataType.UINT64, 16: DataType.BF16,
 }  # fmt: skip
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+UNKEPT = (DataType.BYTES, DataType.BF16)
+"""Outputs that always come to the host: ONNX Runtime's Python interface can't fetch them from a device later."""
 ELEMENT_TYPE_BY_DATATYPE = {datatype: number for number, datatype in DATATYPE_BY_ELEMENT_TYPE.items()}
 
 
@@ -145,9 +151,18 @@ def _with_inferred_shapes(path: Path, file: OnnxFile) -> OnnxFile:
 def new_session(path: Path, options: Any, provider_list: Any) -> Any:
     """Raises InvalidArgument, naming the file, for a model that ONNX Runtime refuses."""
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=provider_list)
+        # with its fallback on, ONNX Runtime would print and go on with other providers
+        return onnxruntime.InferenceSession(str(path), options, providers=provider_list, enable_fallback=0)
     except Exception as problem:
         raise InvalidArgument(f"ONNX Runtime can't load {path}: {_reason(problem)}") from problem
+
+
+def preload_cuda() -> str:
+    """Finds CUDA's libraries where pip put them. What ONNX Runtime prints of those that it can't find."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        onnxruntime.preload_dlls()
+    return "; ".join(line for line in printed.getvalue().splitlines() if line.startswith("Failed"))
 
 
 class OnnxModel(Model):
@@ -179,21 +194,23 @@ class OnnxModel(Model):
         return BoundOnnxInstance if wants_binding and not takes_strings else OnnxInstance
 
     def _choose(self, device: str) -> str:
-        """KIND_MODEL leaves it to us: the first GPU that this onnxruntime can use, else the CPU."""
+        """KIND_MODEL leaves it to us: the first GPU if there is one and this onnxruntime can use it, else the CPU."""
         if device != "model":
             return device
-        return "cuda:0" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "cpu"
+        can_use_gpus = CUDA in onnxruntime.get_available_providers() and NVIDIA_DRIVER.exists()
+        return "cuda:0" if can_use_gpus else "cpu"
 
     def _make_session(self, device: str) -> Any:
         config = self.context.config
         wanted = providers(config, device, onnxruntime.get_available_providers())
         set_global_threads(self.context.backend_options)
+        missing_libraries = preload_cuda() if device != "cpu" else ""
         session = new_session(self.path, session_options(self.context), wanted)
-        missing = [name for name, _ in wanted if name not in session.get_providers()]
-        if missing:  # ONNX Runtime falls back to the CPU without an error
+        failed = [name for name, _ in wanted if name not in session.get_providers()]
+        if failed:  # ONNX Runtime leaves such a provider out without an error
             raise Unsupported(
-                f"model '{config.name}': {', '.join(missing)} can't start on {device}; is its driver and are "
-                f"its libraries installed? ONNX Runtime's log on stderr names what is missing"
+                f"model '{config.name}': {', '.join(failed)} can't start on {device}: no driver, or a library is missing "
+                f"({missing_libraries or 'see the log'}); onnxruntime-gpu[cuda,cudnn] brings the libraries"
             )
         return session
 
@@ -258,7 +275,7 @@ class BoundOnnxInstance(OnnxInstance):
         kind, _, index = self.device.partition(":")
         held = [bind_input(binding, tensor) for tensor in inputs.values()]
         for name in names:
-            if self.keeps_outputs_on_device and self._datatype_by_output[name] is not DataType.BYTES:
+            if self.keeps_outputs_on_device and self._datatype_by_output[name] not in UNKEPT:
                 binding.bind_output(name, kind, int(index or 0))
             else:
                 binding.bind_output(name, "cpu")
