@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from enginehouse.backend import (
     Backend,
+    GenerativeInstance,
+    HostKind,
     Instance,
     LoadContext,
     Model,
@@ -19,8 +22,17 @@ from enginehouse.backend import (
     RequestInstance,
     TensorInstance,
 )
+from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import InvalidArgument
-from enginehouse.types import InferRequest, InferResponse, Tensor
+from enginehouse.types import (
+    FinishReason,
+    GenerateRequest,
+    InferRequest,
+    InferResponse,
+    MetricFamily,
+    Tensor,
+    TokenEvent,
+)
 
 
 def misbehave(how: int) -> None:
@@ -73,6 +85,49 @@ def pid_tensor(rows: int) -> Tensor:
     return Tensor.from_numpy("PID", np.full((rows, 1), os.getpid(), np.int32))
 
 
+class Counting(GenerativeInstance):
+    """Says the numbers up to max_tokens, one a step. Prompts that are a misbehaviour do it."""
+
+    def __init__(self) -> None:
+        self.emit: Callable[[Sequence[TokenEvent]], None] = lambda events: None
+        self.running: dict[str, int] = {}
+        self.lock = threading.Lock()
+
+    def start(self, emit: Callable[[Sequence[TokenEvent]], None]) -> None:
+        self.emit = emit
+        threading.Thread(target=self._step_for_ever, daemon=True).start()
+
+    def submit(self, request: GenerateRequest) -> None:
+        if request.prompt == "refuse":
+            raise InvalidArgument("won't do")
+        if request.prompt == "crash":
+            misbehave(-2)
+        with self.lock:
+            self.running[request.id] = request.sampling.max_tokens or 1
+
+    def cancel(self, request_id: str) -> None:
+        with self.lock:
+            if self.running.pop(request_id, None) is not None:
+                self.emit([TokenEvent(request_id, finish_reason=FinishReason.ABORT)])
+
+    def metrics(self) -> Sequence[MetricFamily]:
+        return [MetricFamily("steps", "counter", "Steps.", [("", {"a": "b"}, 5.0)])]
+
+    def _step_for_ever(self) -> None:
+        while True:
+            time.sleep(0.005)
+            with self.lock:
+                events = []
+                for request_id, left in list(self.running.items()):
+                    done = FinishReason.LENGTH if left == 1 else None
+                    events.append(TokenEvent(request_id, str(left), [left], finish_reason=done))
+                    self.running[request_id] = left - 1
+                    if done:
+                        del self.running[request_id]
+                if events:
+                    self.emit(events)
+
+
 class _Model(Model):
     def __init__(self, instance: type[Instance]) -> None:
         self.instance = instance
@@ -90,6 +145,19 @@ class TensorsBackend(Backend):
         if context.parameter("die_in_load"):
             os._exit(7)
         return _Model(Doubling)
+
+
+class GenerativeBackend(Backend):
+    name = "generative"
+
+    def host_kind(self, config: ModelConfig) -> HostKind:
+        return HostKind.PROCESS
+
+    def host_group(self, config: ModelConfig) -> str:
+        return "engines"
+
+    def load(self, context: LoadContext) -> Model:
+        return _Model(Counting)
 
 
 class RequestsBackend(Backend):

@@ -31,6 +31,7 @@ serving { host: HOST_PROCESS supervision { backoff_initial_s: 0.01 } }
 """
 BACKENDS = {
     "requests": "tests.faults.backends_under_test:RequestsBackend",
+    "generative": "tests.faults.backends_under_test:GenerativeBackend",
     "tensors": "tests.faults.backends_under_test:TensorsBackend",
 }
 

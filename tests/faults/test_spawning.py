@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -77,6 +78,9 @@ async def test_variables_of_its_own_mean_an_interpreter_of_its_own(spawner: Spaw
     launch = Launch(variables={"ONLY_HERE": "yes"})
     await spawner.prepare(launch)
     child, channel = spawner.spawn(launch, ["solo"])
+    async with asyncio.timeout(5):
+        while "ONLY_HERE" not in psutil.Process(child.pid).environ():  # noqa: ASYNC110  the kernel shows it late
+            await asyncio.sleep(0.01)
     assert psutil.Process(child.pid).environ()["ONLY_HERE"] == "yes"
     assert end(child, channel) == "exited with status 0"
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from enginehouse.backend import Placement
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError, FailureReason, Unavailable
@@ -132,7 +134,7 @@ class ProcessGenerative:
         if worker is None or not worker.alive:
             return ()
         values = await worker.call(partial(_engine_metrics, self._instance.instance_id), 5.0)
-        return [MetricFamily(**value) for value in values]
+        return msgspec.convert(values, list[MetricFamily])
 
     def on_events(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
