@@ -53,6 +53,7 @@ class ProcessInstance:
         self.kind = ""
         self.idle = asyncio.Event()
         self.idle.set()
+        self._is_retiring = False
         self._running: set[WorkerBatch] = set()
         self._may_stage = stages_batches(model.config)
         self._batch_ns = float(QUICK_BATCH_NS)
@@ -64,7 +65,12 @@ class ProcessInstance:
 
     @property
     def available(self) -> bool:
-        return self.worker is not None and self.worker.alive
+        return self.worker is not None and self.worker.alive and not self._is_retiring
+
+    async def retire(self) -> None:
+        """Takes no further batches; returns when it has finished those it has."""
+        self._is_retiring = True
+        await self.idle.wait()
 
     def execute(self, batch: Batch) -> None:
         model = self.model
@@ -248,7 +254,7 @@ class HostProcess:
 
     async def remove_instance(self, tenant: Tenant, instance: ProcessInstance) -> None:
         tenant.instances.remove(instance)
-        await instance.idle.wait()
+        await instance.retire()
         worker = instance.worker
         instance.worker = None
         if worker is not None and worker.alive:

@@ -112,7 +112,7 @@ class ProcessHostedModel:
         process, tenant = self.tenants[key]
         if tenant.instances == [instance]:
             del self.tenants[key]
-            await instance.idle.wait()
+            await instance.retire()
             await process.detach(tenant)
         else:
             await process.remove_instance(tenant, instance)
