@@ -97,9 +97,9 @@ class Console:
                 for entry in core.index()
             ],
             "gauges": {
-                metric.name: [[sample.labels, sample.value] for sample in metric.samples]
-                for metric in await core.metrics.collect()
-                if metric.name in _GAUGES
+                family.name: [[dict(labels), value] for _, labels, value in family.samples]
+                for family in await core.metrics.collect()
+                if family.name in _GAUGES
             },
         }
 

@@ -36,10 +36,9 @@ def catalogue() -> list[MetricFamily]:
     metrics.add_provider(lambda: [build_family("0")])
     metrics.add_provider(_gpu_families)
     found: dict[str, MetricFamily] = {}
-    for metric in metrics.registry.collect():
-        if metric.samples and not metric.name.startswith(("python_", "process_")):
-            samples = [(s.name.removeprefix(metric.name), s.labels, s.value) for s in metric.samples]
-            found.setdefault(metric.name, MetricFamily(metric.name, metric.type, metric.documentation, samples))
+    for family in metrics.families():
+        if family.samples and not family.name.startswith("process_"):
+            found.setdefault(family.name, family)
     return list(found.values())
 
 

@@ -10,52 +10,79 @@ import math
 from collections.abc import Iterable, Mapping
 
 from prometheus_client.metrics_core import Metric
-from prometheus_client.samples import Sample
 
 from enginehouse.types import MetricFamily
 
 CONTENT_TYPE = "text/plain; charset=utf-8"
+_KINDS = {"unknown": "untyped", "info": "gauge", "stateset": "gauge", "gaugehistogram": "histogram"}
 
 
-def as_metric(family: MetricFamily) -> Metric:
-    """The same for a prometheus-client registry."""
-    metric = Metric(family.name, family.help, family.kind)
-    metric.samples = [
-        Sample(family.name + suffix, dict(labels), value) for suffix, labels, value in family.samples
+class Labels(dict[str, str]):
+    """Labels that are written again and again: as text they are made once."""
+
+    __slots__ = ("_more", "_text")
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        super().__init__(labels)
+        self._text = ""
+        self._more: dict[str, Labels] = {}
+
+    @property
+    def text(self) -> str:
+        if not self._text:
+            self._text = _labels_text(self)
+        return self._text
+
+    def bucket(self, bound: str) -> Labels:
+        """The same with `le`."""
+        found = self._more.get(bound)
+        if found is None:
+            found = self._more[bound] = Labels({**self, "le": bound})
+        return found
+
+
+def from_metric(metric: Metric) -> MetricFamily:
+    """A prometheus-client metric, without its times of creation."""
+    samples = [
+        (sample.name.removeprefix(metric.name), sample.labels, sample.value)
+        for sample in metric.samples
+        if not sample.name.endswith("_created")
     ]
-    return metric
+    return MetricFamily(metric.name, _KINDS.get(metric.type, metric.type), metric.documentation, samples)
 
 
-def write(metrics: Iterable[Metric]) -> bytes:
+def write(families: Iterable[MetricFamily]) -> bytes:
     """The text format, version 0.0.4. Families without samples are left out."""
-    by_name: dict[str, tuple[Metric, list[Sample]]] = {}
-    for metric in metrics:
-        by_name.setdefault(metric.name, (metric, []))[1].extend(metric.samples)
+    by_name: dict[str, list[MetricFamily]] = {}
+    for family in families:
+        if family.samples:
+            by_name.setdefault(family.name, []).append(family)
     lines: list[str] = []
-    for name, (metric, samples) in by_name.items():
-        shown = [sample for sample in samples if not sample.name.endswith("_created")]
-        if not shown:
-            continue
-        header = shown[0].name if metric.type == "counter" else name
-        lines.append(f"# HELP {header} {_escape(metric.documentation)}")
-        lines.append(f"# TYPE {header} {_TYPES.get(metric.type, metric.type)}")
-        lines += [f"{each.name}{_labels(each.labels)} {number(each.value)}" for each in shown]
+    for name, same in by_name.items():
+        first = same[0]
+        header = name + first.samples[0][0] if first.kind == "counter" else name
+        lines.append(f"# HELP {header} {_escape(first.help)}\n# TYPE {header} {first.kind}")
+        for family in same:
+            lines += [f"{name}{suffix}{_text(labels)} {number(value)}" for suffix, labels, value in family.samples]
     return ("\n".join(lines) + "\n").encode() if lines else b""
-
-
-_TYPES = {"unknown": "untyped", "info": "gauge", "stateset": "gauge", "gaugehistogram": "histogram"}
 
 
 def number(value: float) -> str:
     """Whole numbers without a point."""
+    if isinstance(value, int):
+        return str(int(value))
     if math.isnan(value):
         return "NaN"
     if math.isinf(value):
         return "+Inf" if value > 0 else "-Inf"
-    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
 
 
-def _labels(labels: Mapping[str, str]) -> str:
+def _text(labels: Mapping[str, str]) -> str:
+    return labels.text if isinstance(labels, Labels) else _labels_text(labels)
+
+
+def _labels_text(labels: Mapping[str, str]) -> str:
     if not labels:
         return ""
     return "{" + ",".join(f'{key}="{_escape_label(value)}"' for key, value in labels.items()) + "}"

@@ -6,13 +6,13 @@ Failures are remembered under their labels and so outlive a reload; all other se
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import ProcessCollector
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.registry import CollectorRegistry
 
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import FailureReason
@@ -49,6 +49,19 @@ class CacheReading:
     utilization: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """A version's failures by reason, and the labels of their series."""
+
+    labels: Mapping[FailureReason, exposition.Labels]
+    counts: dict[FailureReason, int]
+
+    @classmethod
+    def of(cls, labels: Mapping[str, str]) -> Failures:
+        by_reason = {reason: sorted_labels({**labels, "reason": reason.value}) for reason in FailureReason}
+        return cls(by_reason, new_failure_counts())
+
+
 class Metrics:
     """See module. On the server's loop.
 
@@ -65,12 +78,11 @@ class Metrics:
         self.read_cache: Callable[[], CacheReading] | None = None
         self.read_pinned_bytes: Callable[[], int] = lambda: 0
         self._models: dict[int, ModelSeries] = {}
-        self._failures: dict[tuple[tuple[str, str], ...], dict[FailureReason, int]] = {}
+        self._failures: dict[tuple[tuple[str, str], ...], Failures] = {}
         self._providers: list[Provider] = []
         self._sources: list[Source] = []
         self._cpu = CpuReader(interval_ns, now_ns) if settings.cpu else None
         self._gpu = GpuReader.open(interval_ns) if settings.gpu else None
-        self.registry.register(_Everything(self._families))
         ProcessCollector(registry=self.registry)
 
     def open_model(
@@ -82,19 +94,19 @@ class Metrics:
         labels |= {f"_{key}": value for key, value in config.metric_tags.items()}
         if namespace:
             labels["namespace"] = namespace
-        labels = sorted_labels(labels)
+        series_labels = sorted_labels(labels)
         now_ns = time.monotonic_ns()
         statistics = ModelStatistics(
             name,
             str(version),
-            failures=self._failures.setdefault(tuple(labels.items()), new_failure_counts()),
+            failures=self._failures.setdefault(tuple(series_labels.items()), Failures.of(series_labels)).counts,
             first_response=self._first_response(config),
             keep_responses=self.settings.response_statistics,
         )
         if self.settings.summary_latencies:
             quantiles = [quantile for quantile, _ in self.settings.quantiles]
             statistics.summaries = LatencySummaries(quantiles, now_ns, has_cache)
-        self._models[id(statistics)] = ModelSeries(statistics, labels, has_cache, read_ns=now_ns)
+        self._models[id(statistics)] = ModelSeries(statistics, series_labels, has_cache, read_ns=now_ns)
         return statistics
 
     def watch(
@@ -123,12 +135,13 @@ class Metrics:
 
     async def scrape(self) -> bytes:
         """The whole exposition."""
-        return exposition.write(await self.collect())
+        families = await self.collect()
+        # readings are made on the loop; writing a thousand models' would hold it for a tenth of a second
+        return await asyncio.to_thread(exposition.write, families)
 
-    async def collect(self) -> list[Metric]:
+    async def collect(self) -> list[MetricFamily]:
         """All families with what the sources say."""
-        families = [family for source in list(self._sources) for family in await source()]
-        return [*self.registry.collect(), *map(exposition.as_metric, families)]
+        return [*self.families(), *[family for source in list(self._sources) for family in await source()]]
 
     def models(self) -> list[ModelSeries]:
         """The versions that have series now."""
@@ -136,7 +149,7 @@ class Metrics:
 
     def render(self) -> bytes:
         """The exposition without what the sources would say."""
-        return exposition.write(self.registry.collect())
+        return exposition.write(self.families())
 
     def close(self) -> None:
         if self._gpu is not None:
@@ -152,9 +165,10 @@ class Metrics:
                 bounds = list(control.histogram_options.buckets)
         return FirstResponseHistogram(bounds)
 
-    def _families(self) -> Iterator[MetricFamily]:
+    def families(self) -> Iterator[MetricFamily]:
+        """All families but those of the sources."""
         now_ns = time.monotonic_ns()
-        failures = [(dict(labels), counts) for labels, counts in self._failures.items()]
+        failures = [(each.labels, each.counts) for each in self._failures.values()]
         yield from model_families(list(self._models.values()), failures, self.settings, now_ns)
         if self.read_cache is not None:
             yield from _cache_families(self.read_cache())
@@ -175,16 +189,7 @@ class Metrics:
         yield from self.custom.families()
         for provider in self._providers:
             yield from provider()
-
-
-class _Everything(Collector):
-    """The registry's view of what this module knows."""
-
-    def __init__(self, families: Callable[[], Iterable[MetricFamily]]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterator[Metric]:
-        return map(exposition.as_metric, self._families())
+        yield from map(exposition.from_metric, self.registry.collect())
 
 
 def _gauge(name: str, text: str, value: float, labels: Mapping[str, str] | None = None) -> MetricFamily:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from enginehouse.errors import FailureReason
+from enginehouse.observe.exposition import Labels
 from enginehouse.observe.latencies import LatencyHistogram
 from enginehouse.observe.metrics_settings import MetricsSettings
 from enginehouse.observe.statistics import ModelStatistics
@@ -26,7 +27,7 @@ class ModelSeries:
     """One version in the exposition. The last three are for reading how busy it was since last time."""
 
     statistics: ModelStatistics
-    labels: Mapping[str, str]
+    labels: Labels
     has_cache: bool
     num_pending: Callable[[], int] = lambda: 0
     num_instances: Callable[[], int] = lambda: 0
@@ -88,9 +89,7 @@ LATENCY_COUNTERS = (
 )
 CACHE_COUNTERS = (
     CounterSpec("nv_cache_num_hits_per_model", "Number of cache hits per model", lambda s: s.cache_hits),
-    CounterSpec(
-        "nv_cache_num_misses_per_model", "Number of cache misses per model", lambda s: s.cache_misses
-    ),
+    CounterSpec("nv_cache_num_misses_per_model", "Number of cache misses per model", lambda s: s.cache_misses),
     CounterSpec(
         "nv_cache_hit_duration_per_model",
         "Total cache hit duration per model, in microseconds",
@@ -149,12 +148,13 @@ HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelStatistics], LatencyHistogram]]
         lambda s: s.compute_histogram,
     ),
 )
+_LATENCY_BOUNDS = ["+Inf" if bound == float("inf") else f"{bound:g}" for bound, _ in LatencyHistogram().cumulative()]
 _BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def model_families(
     models: Sequence[ModelSeries],
-    failures: Iterable[tuple[Mapping[str, str], Mapping[FailureReason, int]]],
+    failures: Iterable[tuple[Mapping[FailureReason, Labels], Mapping[FailureReason, int]]],
     settings: MetricsSettings,
     now_ns: int,
 ) -> Iterator[MetricFamily]:
@@ -164,11 +164,7 @@ def model_families(
         "nv_inference_request_failure",
         "counter",
         "Number of failed inference requests, all batch sizes",
-        [
-            ("", sorted_labels({**labels, "reason": reason.value}), counts[reason])
-            for labels, counts in failures
-            for reason in FailureReason
-        ],
+        [("", labels[reason], counts[reason]) for labels, counts in failures for reason in FailureReason],
     )
     for spec in (*COUNTERS[1:], *(LATENCY_COUNTERS if settings.counter_latencies else ())):
         yield _counter(spec, models)
@@ -186,9 +182,9 @@ def model_families(
     yield from _own_families(models, settings, now_ns)
 
 
-def sorted_labels(labels: Mapping[str, str]) -> dict[str, str]:
+def sorted_labels(labels: Mapping[str, str]) -> Labels:
     """In the order in which Triton prints them; scripts match whole lines."""
-    return dict(sorted(labels.items()))
+    return Labels(dict(sorted(labels.items())))
 
 
 def _counter(spec: CounterSpec, models: Iterable[ModelSeries]) -> MetricFamily:
@@ -202,26 +198,20 @@ def _first_response(models: Iterable[ModelSeries]) -> MetricFamily:
         histogram = model.statistics.first_response
         if histogram is not None:
             samples += _histogram(model.labels, histogram.bounds_ms, histogram.counts, histogram.total_ms)
-    return MetricFamily(
-        FIRST_RESPONSE, "histogram", "Duration from request to first response in milliseconds", samples
-    )
+    return MetricFamily(FIRST_RESPONSE, "histogram", "Duration from request to first response in milliseconds", samples)
 
 
-def _histogram(
-    labels: Mapping[str, str], bounds: Sequence[float], counts: Sequence[int], total: float
-) -> list[Sample]:
+def _histogram(labels: Labels, bounds: Sequence[float], counts: Sequence[int], total: float) -> list[Sample]:
     """`counts` has one more item than `bounds`: what lies above them all."""
     samples: list[Sample] = []
     seen = 0
     for bound, count in zip([f"{bound:g}" for bound in bounds] + ["+Inf"], counts, strict=True):
         seen += count
-        samples.append(("_bucket", {**labels, "le": bound}, seen))
+        samples.append(("_bucket", labels.bucket(bound), seen))
     return [("_count", labels, seen), ("_sum", labels, total), *samples]
 
 
-def _summaries(
-    models: Iterable[ModelSeries], settings: MetricsSettings, now_ns: int
-) -> Iterator[MetricFamily]:
+def _summaries(models: Iterable[ModelSeries], settings: MetricsSettings, now_ns: int) -> Iterator[MetricFamily]:
     if not settings.summary_latencies:
         return
     for phase, (name, text) in SUMMARIES.items():
@@ -239,9 +229,7 @@ def _summaries(
         yield MetricFamily(name, "summary", text, samples)
 
 
-def _own_families(
-    models: Sequence[ModelSeries], settings: MetricsSettings, now_ns: int
-) -> Iterator[MetricFamily]:
+def _own_families(models: Sequence[ModelSeries], settings: MetricsSettings, now_ns: int) -> Iterator[MetricFamily]:
     totals: dict[str, Callable[[ModelStatistics], int]] = {
         HISTOGRAMS[0][0]: lambda s: s.request_ns,
         HISTOGRAMS[1][0]: lambda s: s.queue_ns,
@@ -251,7 +239,10 @@ def _own_families(
         samples: list[Sample] = []
         for model in models:
             pairs = read(model.statistics).cumulative()
-            samples += [("_bucket", {**model.labels, "le": _bound(bound)}, count) for bound, count in pairs]
+            samples += [
+                ("_bucket", model.labels.bucket(bound), count)
+                for bound, (_, count) in zip(_LATENCY_BOUNDS, pairs, strict=True)
+            ]
             samples.append(("_sum", model.labels, totals[name](model.statistics) / 1e9))
             samples.append(("_count", model.labels, pairs[-1][1]))
         yield MetricFamily(name, "histogram", text, samples)
@@ -267,10 +258,6 @@ def _own_families(
         "Share of the model's instances that was busy since the last reading [0.0 - 1.0]",
         [("", model.labels, _saturation(model, settings.interval_ms, now_ns)) for model in models],
     )
-
-
-def _bound(bound: float) -> str:
-    return "+Inf" if bound == float("inf") else f"{bound:g}"
 
 
 def _batch_sizes(model: ModelSeries) -> list[Sample]:
