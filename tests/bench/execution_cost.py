@@ -50,7 +50,8 @@ def write_model(root: Path, arguments: argparse.Namespace) -> None:
     folder = root / "identity" / "1"
     folder.mkdir(parents=True)
     (folder / "model.py").write_text(MODEL)
-    (folder.parent / "config.pbtxt").write_text(CONFIG.format(rows=arguments.rows, scheduling="dynamic_batching {}" if arguments.rows else ""))
+    scheduling = "dynamic_batching {}" if arguments.rows else ""
+    (folder.parent / "config.pbtxt").write_text(CONFIG.format(rows=arguments.rows, scheduling=scheduling))
 
 
 async def measure(what: str, send: Callable[[Callable[[], None]], None], in_flight: int, seconds: float) -> None:

@@ -209,8 +209,8 @@ class OnnxModel(Model):
         failed = [name for name, _ in wanted if name not in session.get_providers()]
         if failed:  # ONNX Runtime leaves such a provider out without an error
             raise Unsupported(
-                f"model '{config.name}': {', '.join(failed)} can't start on {device}: no driver, or a library is missing "
-                f"({missing_libraries or 'see the log'}); onnxruntime-gpu[cuda,cudnn] brings the libraries"
+                f"model '{config.name}': {', '.join(failed)} can't start on {device}: no driver, or a library is "
+                f"missing ({missing_libraries or 'see the log'}); onnxruntime-gpu[cuda,cudnn] brings the libraries"
             )
         return session
 
