@@ -10,8 +10,10 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from enginehouse.config.conditions import Condition
 from enginehouse.config.problems import Problem
 from enginehouse.config.schema import ModelConfig
+from enginehouse.errors import InvalidArgument
 
 
 @dataclass(slots=True)
@@ -20,6 +22,8 @@ class _Tensor:
 
     name: str
     is_output: bool = False
+    is_conditional: bool = False
+    """The steps that make it have conditions, so that several may."""
     is_ready: bool = False
     before: list[_Tensor] = field(default_factory=list)
     after: list[_Tensor] = field(default_factory=list)
@@ -57,16 +61,22 @@ def _connect(config: ModelConfig, tensors: dict[str, _Tensor]) -> Iterator[Probl
         produced = []
         for key in sorted(step.output_map):
             tensor = tensors.setdefault(step.output_map[key], _Tensor(step.output_map[key]))
-            if tensor.is_output:
+            if tensor.is_output and not (step.serving.when and tensor.is_conditional):
                 yield Problem(
                     f"ensemble tensor '{tensor.name}' can appear in an output map only once for ensemble "
                     f"'{config.name}' step {index}",
                     f'{place}.output_map["{key}"]',
                 )
-            tensor.is_output = True
+            tensor.is_output, tensor.is_conditional = True, bool(step.serving.when)
             produced.append(tensor)
-        for key in sorted(step.input_map):
-            source = tensors.setdefault(step.input_map[key], _Tensor(step.input_map[key]))
+        try:
+            asked = Condition(step.serving.when).tensor_names if step.serving.when else frozenset[str]()
+        except InvalidArgument as error:
+            yield Problem(str(error), f"{place}.serving.when")
+            continue
+        read = [step.input_map[key] for key in sorted(step.input_map)]
+        for name in (*read, *sorted(asked.difference(read))):
+            source = tensors.setdefault(name, _Tensor(name))
             for tensor in produced:
                 tensor.before.append(source)
                 source.after.append(tensor)
@@ -77,9 +87,7 @@ def _check_flow(config: ModelConfig, tensors: dict[str, _Tensor]) -> Iterator[Pr
     waiting: deque[_Tensor] = deque()
     for index, tensor in enumerate(config.input):
         if tensor.name not in tensors:
-            yield Problem(
-                f"ensemble input '{tensor.name}' for ensemble {name}' is not used", f"input[{index}]"
-            )
+            yield Problem(f"ensemble input '{tensor.name}' for ensemble {name}' is not used", f"input[{index}]")
             continue
         tensors[tensor.name].is_ready = True
         waiting.append(tensors[tensor.name])
@@ -90,17 +98,13 @@ def _check_flow(config: ModelConfig, tensors: dict[str, _Tensor]) -> Iterator[Pr
                 waiting.append(follower)
     for index, output in enumerate(config.output):
         if output.name not in tensors:
-            yield Problem(
-                f"ensemble output '{output.name}' for ensemble {name}' is not used", f"output[{index}]"
-            )
+            yield Problem(f"ensemble output '{output.name}' for ensemble {name}' is not used", f"output[{index}]")
         elif not tensors[output.name].is_ready:
             yield Problem(_not_written(config, tensors[output.name]), f"output[{index}]")
     outputs = {output.name for output in config.output}
     for tensor_name, node in tensors.items():
         if tensor_name not in outputs and (not node.is_ready or not node.after):
-            yield Problem(
-                f"ensemble tensor '{tensor_name}' is unused in ensemble '{name}'", "ensemble_scheduling"
-            )
+            yield Problem(f"ensemble tensor '{tensor_name}' is unused in ensemble '{name}'", "ensemble_scheduling")
 
 
 def _not_written(config: ModelConfig, output: _Tensor) -> str:

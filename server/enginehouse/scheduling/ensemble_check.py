@@ -45,8 +45,10 @@ def check_ensemble(config: ModelConfig, lookup: ConfigLookup) -> bool:
             )
         _check_inputs(config.name, step, member, tensors)
         _check_outputs(config.name, step, member, tensors)
+    graph = EnsembleGraph.of(config)
+    _check_conditions(graph, tensors)
     decoupled = [member.model_transaction_policy.decoupled for member in members]
-    _check_streams(EnsembleGraph.of(config), decoupled)
+    _check_streams(graph, decoupled)
     return any(decoupled)
 
 
@@ -137,6 +139,15 @@ def _check_same(ensemble: str, name: str, tensors: dict[str, _Tensor], seen: _Te
         )
 
 
+def _check_conditions(graph: EnsembleGraph, tensors: dict[str, _Tensor]) -> None:
+    for step in graph.steps:
+        for name in sorted(step.reads - tensors.keys()):
+            raise InvalidArgument(
+                f"in ensemble {graph.name}, the condition of step {step.index} of model '{step.model_name}' reads "
+                f"tensor '{name}', which nothing makes"
+            )
+
+
 def _dims_agree(left: Sequence[int], right: Sequence[int]) -> bool:
     return len(left) == len(right) and all(a == b or -1 in (a, b) for a, b in zip(left, right, strict=True))
 
@@ -150,12 +161,12 @@ def _check_streams(graph: EnsembleGraph, decoupled: Sequence[bool]) -> None:
     sources: dict[str, tuple[int, ...]] = dict.fromkeys(graph.inputs, ())
     pending = list(graph.steps)
     while pending:
-        ready = [step for step in pending if all(tensor in sources for tensor in step.inputs.values())]
+        ready = [step for step in pending if all(tensor in sources for tensor in step.reads)]
         if not ready:
             return  # a cycle or an unproduced tensor: the config's own validation names those
         for step in ready:
             pending.remove(step)
-            path = _join_streams(graph, step.model_name, [sources[name] for name in step.inputs.values()])
+            path = _join_streams(graph, step.model_name, [sources[name] for name in step.reads])
             if decoupled[step.index]:
                 path = (*path, step.index)
             sources.update(dict.fromkeys(step.outputs.values(), path))

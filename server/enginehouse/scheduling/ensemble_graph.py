@@ -1,6 +1,7 @@
 """The steps of an ensemble and the tensors between them. Pure: read from a config once, then only asked.
 
-A step runs as soon as all tensors that it reads exist. Only steps that a requested output depends on run.
+A step runs as soon as all tensors that it reads exist and its condition holds; a step that does not run
+makes tensors that are missing, and so may steps behind it be. Only steps that a requested output depends on run.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from enginehouse.config.schema import ModelConfig
+from enginehouse.config.conditions import Condition
+from enginehouse.config.schema import ModelConfig, ModelEnsembling
+from enginehouse.errors import InvalidArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +24,14 @@ class Step:
     """"" is the latest."""
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
-    when: str = ""
+    condition: Condition | None = None
+    """The step runs only if it holds."""
 
     @property
-    def label(self) -> str:
-        return f"step {self.index} ({self.model_name})"
+    def reads(self) -> frozenset[str]:
+        """The tensors that it waits for."""
+        asked: frozenset[str] = self.condition.tensor_names if self.condition is not None else frozenset()
+        return asked.union(self.inputs.values())
 
 
 class EnsembleGraph:
@@ -48,7 +54,7 @@ class EnsembleGraph:
         self.consumers: dict[str, list[Step]] = {}
         self.producers: dict[str, list[Step]] = {}
         for step in self.steps:
-            for tensor in set(step.inputs.values()):
+            for tensor in step.reads:
                 self.consumers.setdefault(tensor, []).append(step)
             for tensor in set(step.outputs.values()):
                 self.producers.setdefault(tensor, []).append(step)
@@ -56,6 +62,7 @@ class EnsembleGraph:
 
     @classmethod
     def of(cls, config: ModelConfig) -> EnsembleGraph:
+        """Raises InvalidArgument for a condition that can't be read."""
         ensembling = config.ensemble_scheduling
         steps = [
             Step(
@@ -64,7 +71,7 @@ class EnsembleGraph:
                 str(step.model_version) if step.model_version >= 0 else "",
                 dict(step.input_map),
                 dict(step.output_map),
-                step.serving.when,
+                _condition_of(config.name, index, step),
             )
             for index, step in enumerate(ensembling.step)
         ]
@@ -87,6 +94,15 @@ class EnsembleGraph:
             for step in self.producers.get(tensors.pop(), ()):
                 if step.index not in needed:
                     needed.add(step.index)
-                    tensors.extend(step.inputs.values())
+                    tensors.extend(step.reads)
         self._needed[outputs] = frozenset(needed)
         return self._needed[outputs]
+
+
+def _condition_of(ensemble: str, index: int, step: ModelEnsembling.Step) -> Condition | None:
+    if not step.serving.when:
+        return None
+    try:
+        return Condition(step.serving.when)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"in ensemble {ensemble}, step {index} of model '{step.model_name}': {error}") from error

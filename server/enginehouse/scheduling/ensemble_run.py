@@ -1,48 +1,26 @@
 """One request going through an ensemble's graph.
 
-A run holds the tensors that exist so far and submits every step whose inputs are there. Tensors are handed
-over, never copied. Each answer of a decoupled step is a branch of its own: a tensor is kept under the path
-of answers that led to it, and steps on longer paths see it too.
+A run holds the tensors that exist so far and submits every step whose inputs are there and whose condition
+holds. Tensors are handed over, never copied.
 """
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING
 
-from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError, FailureReason, InvalidArgument, error_of
 from enginehouse.execution.contract import ExecutionTimes
 from enginehouse.scheduling.ensemble_graph import Step
+from enginehouse.scheduling.ensemble_tensors import Path, RunTensors, Sequencing, Value, fit_input, fit_output
 from enginehouse.scheduling.in_flight import cancelled
-from enginehouse.types import CorrelationId, InferRequest, InferResponse, ParameterValue, Tensor
+from enginehouse.types import InferRequest, InferResponse, ParameterValue, Tensor
 
 if TYPE_CHECKING:
     from enginehouse.scheduling.ensemble import EnsembleScheduler
-
-Path: TypeAlias = tuple[int, ...]
-"""Which answers of decoupled steps led to a tensor: () for none, (2,) for the third answer of one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sequencing:
-    """The sequence flags that a tensor carries on to the steps that read it."""
-
-    correlation_id: CorrelationId
-    start: bool
-    end: bool
-
-
-@dataclass(slots=True)
-class Value:
-    """A tensor of the run; `tensor` is None where an optional one is missing."""
-
-    tensor: Tensor | None
-    batch_size: int
-    sequencing: Sequencing | None
-    num_readers: int
 
 
 class StepGate:
@@ -81,13 +59,16 @@ class EnsembleRun:
         self._graph = scheduler.graph
         self._outputs = frozenset(request.requested_outputs or self._graph.outputs)
         self._needed = self._graph.needed_steps(self._outputs)
-        self._values: dict[str, dict[Path, Value]] = {}
+        self._tensors = RunTensors(self._graph, self._needed, self._outputs)
         self._running: set[InferRequest] = set()
         self._num_unfinished = 0
         """Steps that are submitted or wait at the gate."""
         self._is_over = False
         self._has_answered = False
         self._durations_ns = [0, 0, 0]
+        self._skips: dict[tuple[str, Path], int] = {}
+        """How many of the steps that make a tensor did not run."""
+        self._step_times: list[dict[str, object]] | None = [] if _wants_step_times(request) else None
 
     # --- the run
 
@@ -95,7 +76,7 @@ class EnsembleRun:
         request = self.request
         request.on_cancel = self._on_cancel
         for name in self._graph.inputs:
-            self._put(name, (), request.inputs.get(name), request.batch_size, None)
+            self._tensors.put(name, (), Value(request.inputs.get(name), request.batch_size))
         self._advance(self._graph.inputs, ())
         if not self._num_unfinished:
             self._scheduler.clock.call_soon(self._end)
@@ -137,17 +118,17 @@ class EnsembleRun:
             if step.index in self._needed
         }
         for step in steps.values():
-            for path in self._ready_paths(step.inputs.values(), branch):
+            for path in self._tensors.ready_paths(step.reads, branch):
                 self._start_step(step, path)
         if any(name in self._outputs for name in updated):
-            for path in self._ready_paths(self._outputs, branch):
+            for path in self._tensors.ready_paths(self._outputs, branch):
                 self._answer(path)
 
     def _answer(self, path: Path) -> None:
         outputs: list[Tensor] = []
         sequencing: Sequencing | None = None
         for name in self._graph.outputs:
-            value = self._read(name, path) if name in self._outputs else None
+            value = self._tensors.read(name, path) if name in self._outputs else None
             if value is not None and value.tensor is not None:
                 dims = self._scheduler.output_dims[name]
                 outputs.append(fit_output(value, name, dims, self.request.batch_size))
@@ -159,12 +140,18 @@ class EnsembleRun:
             InferResponse(
                 outputs,
                 final=self._is_over,
-                parameters=_sequence_parameters(sequencing),
+                parameters=self._parameters(sequencing),
                 model_name=self._graph.name,
                 model_version=self._scheduler.version,
                 id=self.request.id,
             ),
         )
+
+    def _parameters(self, sequencing: Sequencing | None) -> dict[str, ParameterValue]:
+        parameters = _sequence_parameters(sequencing)
+        if self._step_times is not None:
+            parameters["step_times"] = json.dumps(self._step_times)
+        return parameters
 
     def _end(self) -> None:
         """No step is under way and no answer was the final one."""
@@ -181,57 +168,47 @@ class EnsembleRun:
             )
         )
 
-    # --- tensors
-
-    def _put(
-        self, name: str, path: Path, tensor: Tensor | None, batch_size: int, sequencing: Sequencing | None
-    ) -> None:
-        readers = sum(step.index in self._needed for step in self._graph.consumers.get(name, ()))
-        value = Value(tensor, batch_size, sequencing, readers + (name in self._outputs))
-        self._values.setdefault(name, {})[path] = value
-
-    def _visible(self, name: str, path: Path) -> Path | None:
-        """The longest path up to `path` under which the tensor exists."""
-        values = self._values.get(name)
-        if values is not None:
-            for length in range(len(path), -1, -1):
-                if path[:length] in values:
-                    return path[:length]
-        return None
-
-    def _ready_paths(self, names: Iterable[str], branch: Path) -> list[Path]:
-        """The paths on which all of these tensors exist now that there is something new on `branch`."""
-        names = tuple(names)
-        candidates = {branch}
-        for name in names:
-            candidates.update(path for path in self._values.get(name, ()) if path[: len(branch)] == branch)
-        ready = []
-        for path in sorted(candidates):
-            found = [self._visible(name, path) for name in names]
-            if all(visible is not None for visible in found) and path in found:
-                ready.append(path)
-        return ready
-
-    def _read(self, name: str, path: Path) -> Value:
-        """The tensor as a reader on `path` sees it; forgotten after its last reader."""
-        where = self._visible(name, path)
-        assert where is not None, "bug: readers wait until all tensors are there"
-        value = self._values[name][where]
-        if where == path and path:
-            value.num_readers -= 1
-            if not value.num_readers:
-                del self._values[name][where]
-        return value
-
-    def _is_read(self, name: str) -> bool:
-        return name in self._outputs or any(step.index in self._needed for step in self._graph.consumers.get(name, ()))
-
     # --- steps
 
     def _start_step(self, step: Step, path: Path) -> None:
         self._num_unfinished += 1
-        values = {name: self._read(tensor, path) for name, tensor in step.inputs.items()}
+        read = {tensor: self._tensors.read(tensor, path) for tensor in step.reads}
+        try:
+            runs = self._runs(step, read)
+        except InvalidArgument as error:
+            self._scheduler.clock.call_soon(partial(self._fail_in_step, error))
+            return
+        if not runs:
+            # later: nobody expects the answer before `submit` has returned
+            self._scheduler.clock.call_soon(lambda: self._skip(step, path))
+            return
+        values = {name: read[tensor] for name, tensor in step.inputs.items()}
         self._scheduler.gate.enter(step, lambda: self._submit_step(step, path, values))
+
+    def _runs(self, step: Step, read: Mapping[str, Value]) -> bool:
+        """Whether its condition holds and no tensor that it must have was skipped."""
+        tensors = {name: value.tensor for name, value in read.items()}
+        if step.condition is not None and not step.condition.holds(tensors, self.request.parameters):
+            return False
+        skipped = {name for name, tensor in step.inputs.items() if read[tensor].is_skipped}
+        if not skipped:
+            return True
+        member = self._scheduler.lookup(step.model_name, step.model_version)
+        return skipped <= {spec.name for spec in member.input if spec.optional}
+
+    def _skip(self, step: Step, path: Path) -> None:
+        self._num_unfinished -= 1
+        if self._is_over:
+            return
+        missing = []
+        for name in step.outputs.values():
+            skips = self._skips[name, path] = self._skips.get((name, path), 0) + 1
+            if skips == len(self._graph.producers[name]):
+                self._tensors.put(name, path, Value(None, is_skipped=True))
+                missing.append(name)
+        self._advance(missing, path)
+        if not self._num_unfinished:
+            self._end()
 
     def _submit_step(self, step: Step, path: Path, values: Mapping[str, Value]) -> bool:
         """False if the run is over and the step need not run."""
@@ -263,7 +240,7 @@ class EnsembleRun:
             model_version=step.model_version,
             id=request.id,
             inputs=inputs,
-            requested_outputs=[name for name, tensor in step.outputs.items() if self._is_read(tensor)],
+            requested_outputs=[name for name, tensor in step.outputs.items() if self._tensors.is_read(tensor)],
             parameters=dict(request.parameters),
             correlation_id=sequencing.correlation_id,
             sequence_start=sequencing.start,
@@ -280,6 +257,7 @@ class EnsembleRun:
         step = answers.step
         if response.final:
             self._running.discard(answers.request)
+            self._note_times(step, answers.request)
             self._num_unfinished -= 1
             self._add_durations(answers.request)
             self._scheduler.gate.leave(step)
@@ -293,10 +271,29 @@ class EnsembleRun:
             given = {output.name: output for output in response.outputs}
             updated = {tensor: given.get(name) for name, tensor in step.outputs.items()}
             for name, tensor in updated.items():
-                self._put(name, branch, tensor, answers.request.batch_size, sequencing)
+                if self._tensors.is_made_twice(name, branch):
+                    self._fail_in_step(InvalidArgument(f"more than one step made the ensemble tensor '{name}'"))
+                    return
+                self._tensors.put(name, branch, Value(tensor, answers.request.batch_size, sequencing))
             self._advance(updated, branch)
         if not self._num_unfinished:
             self._end()
+
+    def _note_times(self, step: Step, request: InferRequest) -> None:
+        """For a client that asked for them, in the order in which the steps ended."""
+        if self._step_times is None:
+            return
+        times = request.times
+        started_ns = times.started_ns or times.queued_ns
+        self._step_times.append(
+            {
+                "step": step.index,
+                "model": step.model_name,
+                "queue_us": (started_ns - times.queued_ns) // 1000,
+                "compute_us": max(times.ended_ns - started_ns, 0) // 1000,
+                "total_us": (self._scheduler.clock.now_ns() - times.queued_ns) // 1000 if times.queued_ns else 0,
+            }
+        )
 
     def _add_durations(self, request: InferRequest) -> None:
         times = request.times
@@ -337,6 +334,10 @@ def _sequencing_after(request: InferRequest, parameters: Mapping[str, ParameterV
     return Sequencing(correlation_id, bool(parameters.get("sequence_start")), bool(parameters.get("sequence_end")))
 
 
+def _wants_step_times(request: InferRequest) -> bool:
+    return request.parameters.get("step_times") in (True, "true", 1)
+
+
 def _sequence_parameters(sequencing: Sequencing | None) -> dict[str, ParameterValue]:
     if sequencing is None:
         return {}
@@ -348,36 +349,3 @@ def _sequence_parameters(sequencing: Sequencing | None) -> dict[str, ParameterVa
         "sequence_start": sequencing.start,
         "sequence_end": sequencing.end,
     }
-
-
-def fit_input(value: Value, name: str, member: ModelConfig) -> Tensor:
-    """The tensor under the step's name, with or without the batch axis as the step's model wants it."""
-    tensor = value.tensor
-    assert tensor is not None, "bug: only tensors that exist are passed on"
-    shape = tensor.shape
-    if (member.max_batch_size > 0) != (value.batch_size > 0):
-        dims = next((tuple(spec.dims) for spec in member.input if spec.name == name), ())
-        shape = fit_shape(shape, dims, member.max_batch_size > 0, value.batch_size)
-    return Tensor(name, tensor.datatype, shape, tensor.data)
-
-
-def fit_output(value: Value, name: str, dims: tuple[int, ...], batch_size: int) -> Tensor:
-    """The tensor as the ensemble's client wants it."""
-    tensor = value.tensor
-    assert tensor is not None, "bug: only tensors that exist are answered"
-    shape = tensor.shape
-    if (batch_size > 0) != (value.batch_size > 0):
-        shape = fit_shape(shape, dims, batch_size > 0, value.batch_size)
-    return Tensor(name, tensor.datatype, shape, tensor.data)
-
-
-def fit_shape(shape: tuple[int, ...], dims: tuple[int, ...], batching: bool, rows: int) -> tuple[int, ...]:
-    """`shape` for a reader whose dims (without batch axis) are these.
-
-    A batching reader gets a batch axis of 1 in front unless there is one; for another one the batch axis is
-    an ordinary axis if that fits, and is dropped if it is 1.
-    """
-    matches = len(shape) == len(dims) and all(d in (-1, size) for d, size in zip(dims, shape, strict=True))
-    if batching:
-        return (1, *shape) if matches else shape
-    return shape[1:] if not matches and rows == 1 else shape
