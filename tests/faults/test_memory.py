@@ -63,6 +63,42 @@ async def test_memory_is_level_after_200_loads_and_unloads(kind: str) -> None:
 
 
 @pytest.mark.asyncio
+async def test_grown_slabs_give_their_pages_back_when_idle() -> None:
+    async with hosted('backend: "tensors"') as host:
+        await host.run_requests([request_of(1, 8_000_000)])
+        worker = host.model.instances[0].worker  # type: ignore[attr-defined]
+        full = memfd_bytes(worker.pid)
+        assert full > 60 * MIB
+        worker.trim()
+        await host.until(lambda: memfd_bytes(worker.pid) < MIB)
+        assert (await host.run_requests([request_of(3, 8_000_000)])).values()[0][-1] == 6
+
+
+def memfd_bytes(pid: int) -> int:
+    """Of the segments that the process maps."""
+    kib, is_segment = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            is_segment = "memfd:enginehouse" in line
+        elif is_segment and line.startswith("Rss:"):
+            kib += int(line.split()[1])
+    return kib * 1024
+
+
+@pytest.mark.asyncio
+async def test_growth_beyond_the_memory_limit_is_refused_with_the_numbers() -> None:
+    options = HostOptions(more_backends=BACKENDS, memory_limits={"cpu": 64 * MIB})
+    async with hosted("", options) as host:
+        answered = await host.run_requests([request_of(1, 20_000_000)])
+        assert "needs 128.0 MiB on cpu" in str(answered.error)
+        assert "of 64.0 MiB are free" in str(answered.error)
+        assert (await host.run_requests([request_of(1, 1_000_000)])).values()[0][0] == 2
+        kinds = {entry.kind: entry.num_bytes for entry in host.hosts.ledger.entries("m")}
+        assert kinds["workspace"] >= 4 * MIB
+        assert kinds["weights"] > 0
+
+
+@pytest.mark.asyncio
 async def test_no_memory_for_an_input_fails_that_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     async with hosted() as host:
         pid = await host.pid()

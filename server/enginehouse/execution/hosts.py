@@ -170,18 +170,38 @@ class ModelHosts:
             lambda key: pool.process(context, key, launch, solo),
             on_health,
         )
+        hosted.book_growth = partial(self._book_growth, hosted)
         await hosted.start(wanted)
         self._measure(hosted)
         return hosted
 
     def _measure(self, hosted: ProcessHostedModel) -> None:
-        """What a model that claims nothing takes in its own processes, on the host."""
-        if self.ledger.entries(hosted.name):
+        """What a model that claims nothing takes in processes of its own, on the host and on GPUs.
+
+        In a process that it shares nobody can tell its bytes from the others': there it must claim them.
+        """
+        if any(not entry.measured for entry in self.ledger.entries(hosted.name)):
             return
-        num_bytes = sum(own_bytes(pid) for pids in hosted.pids().values() for pid in pids)
-        if num_bytes:
-            entry = MemoryEntry(hosted.name, hosted.version, "cpu", "weights", num_bytes, measured=True)
-            self.ledger.replace(hosted.name, hosted.version, [entry])
+        by_device: dict[str, int] = {}
+        for device, pids in hosted.pids().items():
+            by_device["cpu"] = by_device.get("cpu", 0) + sum(own_bytes(pid) for pid in pids)
+            on_device = self._read_by_process(device)
+            by_device[device] = by_device.get(device, 0) + sum(on_device.get(pid, 0) for pid in pids)
+        entries = [
+            MemoryEntry(hosted.name, hosted.version, device, "weights", num_bytes, measured=True)
+            for device, num_bytes in by_device.items()
+            if num_bytes
+        ]
+        self.ledger.replace(hosted.name, hosted.version, entries)
+
+    def _read_by_process(self, device: str) -> Mapping[int, int]:
+        for runtime in self.runtimes:
+            if device != "cpu" and any(known.name == device for known in runtime.devices()):
+                return runtime.used_bytes_by_process(device)
+        return {}
+
+    def _book_growth(self, hosted: ProcessHostedModel, num_bytes: int) -> None:
+        self.ledger.book([MemoryEntry(hosted.name, hosted.version, "cpu", "workspace", num_bytes, measured=True)])
 
     def _forget(self, hosted: HostedModel, name: str, version: int) -> None:
         self._loaded.remove(hosted)

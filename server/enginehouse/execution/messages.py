@@ -192,6 +192,10 @@ class CancelGenerate(msgspec.Struct, array_like=True, tag=15):
     request_id: str
 
 
+class Trim(msgspec.Struct, array_like=True, tag=17):
+    """Nothing has happened for a while: the worker's slab may give its pages back."""
+
+
 class EngineMetrics(msgspec.Struct, array_like=True, tag=16):
     call_id: int
     instance_id: int
@@ -279,7 +283,7 @@ class Refused(msgspec.Struct, array_like=True, tag=38):
 
 ToWorker = (
     Segment | NoSegment | CompleteConfig | Load | Create | Close | Unload | Probe | Execute | Cancel | Freed
-    | Answer | InferAnswer | Generate | CancelGenerate | EngineMetrics
+    | Answer | InferAnswer | Generate | CancelGenerate | EngineMetrics | Trim
 )  # fmt: skip
 ToServer = Reply | Done | Respond | NeedSegment | Service | Infer | CancelInfer | Events | Refused | Freed
 

@@ -88,7 +88,9 @@ class WorkerProcess:
         on_service: OnService,
         on_end: OnEnd,
         first_segment_bytes: int = MIN_SEGMENT_BYTES,
+        book: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
+        """`book` raises ResourceExhausted if a slab may not grow by so many bytes."""
         self._loop = asyncio.get_running_loop()
         self.what = what
         self.on_end = on_end
@@ -102,6 +104,9 @@ class WorkerProcess:
         self._growing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting_for_room: list[tuple[int, Act, Refuse]] = []
+        self._book = book
+        self.last_used_ns = 0
+        self._is_trimmed = True
         self._kill_reason = ""
         self.alive = True
         self.busy_at_end: set[int] = set()
@@ -165,6 +170,8 @@ class WorkerProcess:
         """Hands the batch over as soon as there is room for its inputs."""
         running.batch_id = self.new_id()
         running.sent_ns = time.monotonic_ns()
+        self.last_used_ns = running.sent_ns
+        self._is_trimmed = False
         self.batches[running.batch_id] = running
         if running.takes_tensors:
             requests, joiner = running.batch.requests, running.joiner
@@ -235,8 +242,9 @@ class WorkerProcess:
     async def _grow(self, nbytes: int) -> None:
         size = max(block_bytes(nbytes), self.outgoing.total_bytes)
         try:
+            self._book(size)
             fd, segment = await self._loop.run_in_executor(None, self._make_segment, False, size)
-        except OSError as problem:
+        except (OSError, EnginehouseError) as problem:
             if self._waiting_for_room:
                 _, _, refuse = self._waiting_for_room.pop(0)
                 refuse(ResourceExhausted(f"{self.what}: no memory for {nbytes} bytes of input: {problem}"))
@@ -247,16 +255,28 @@ class WorkerProcess:
 
     async def _grow_for_worker(self, nbytes: int) -> None:
         try:
+            self._book(block_bytes(nbytes))
             made = await self._loop.run_in_executor(None, self._make_segment, True, block_bytes(nbytes))
-        except OSError as problem:
+        except (OSError, EnginehouseError) as problem:
             self.channel.send(m.NoSegment(f"no memory for {nbytes} bytes of output: {problem}"))
         else:
             self._share(True, *made)
+
+    def trim(self) -> None:
+        """Gives the pages of both slabs back; call when it has been idle for a while."""
+        if not self._is_trimmed and not self.batches and self._grown:
+            self._is_trimmed = self.outgoing.give_back_pages()
+            self.channel.send(m.Freed(self.incoming.take_released()))
+            self.channel.send(m.Trim())
 
     def _make_segment(self, of_worker: bool, nbytes: int) -> tuple[int, Segment]:
         size = max(nbytes, MIN_SEGMENT_BYTES)
         fd = make_segment(f"enginehouse-{'outputs' if of_worker else 'inputs'}", size)
         return fd, Segment(fd, size)
+
+    @property
+    def _grown(self) -> bool:
+        return max(self.outgoing.total_bytes, self.incoming.total_bytes) > MIN_SEGMENT_BYTES
 
     def _share(self, of_worker: bool, fd: int, segment: Segment) -> None:
         (self.incoming if of_worker else self.outgoing).add(segment)

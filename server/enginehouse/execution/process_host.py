@@ -264,11 +264,25 @@ class HostProcess:
         if self.worker is None or not self.worker.alive:
             mode = "solo" if self.is_solo else "shared"
             self._closing = False
-            await self._spawner.prepare(self.launch)
-            self.worker = WorkerProcess(
-                self._spawner, self.launch, [mode], self.name, self._on_service, self._on_end, self._first_bytes
-            )
+            try:
+                await self._spawner.prepare(self.launch)
+                self.worker = WorkerProcess(
+                    self._spawner,
+                    self.launch,
+                    [mode],
+                    self.name,
+                    self._on_service,
+                    self._on_end,
+                    self._first_bytes,
+                    self._book_growth,
+                )
+            except OSError as problem:
+                raise Unavailable(f"{self.name} can't be started: {problem}") from problem
         return self.worker
+
+    def _book_growth(self, num_bytes: int) -> None:
+        if len(self.tenants) == 1:
+            self.tenants[0].model.book_growth(num_bytes)
 
     async def _load(self, worker: WorkerProcess, tenant: Tenant) -> None:
         model = tenant.model
@@ -370,15 +384,19 @@ class HostProcess:
             self._restarting = asyncio.get_running_loop().create_task(self._restart(delay_s))
 
     async def _restart(self, delay_s: float) -> None:
-        await asyncio.sleep(delay_s)
-        try:
-            worker = await self._running_worker()
-        except OSError as problem:
-            for tenant in self.tenants:
-                tenant.model.give_up(f"its process can't be started again: {problem}")
+        """Again and again until it runs or everyone in it has given up."""
+        while self.tenants:
+            await asyncio.sleep(delay_s)
+            try:
+                worker = await self._running_worker()
+                break
+            except EnginehouseError as problem:
+                verdicts = [tenant.model.on_crash(str(problem)) for tenant in list(self.tenants)]
+                delay_s = max([verdict for verdict in verdicts if verdict is not None], default=0.0)
+        else:
             return
         try:
-            for tenant in self.tenants:
+            for tenant in list(self.tenants):
                 await self._load(worker, tenant)
                 tenant.model.on_restarted()
         except EnginehouseError as problem:

@@ -43,6 +43,8 @@ class ProcessHostedModel:
         self.generative: ProcessGenerative | None = None
         self.tenants: dict[ProcessKey, tuple[HostProcess, Tenant]] = {}
         self.on_closed: Callable[[], None] = lambda: None
+        self.book_growth: Callable[[int], None] = lambda num_bytes: None
+        """Raises ResourceExhausted if a slab of its own may not grow by so many bytes."""
         self.health = HostHealth(HostState.READY)
         self._key_of = key_of
         self._make_process = make_process

@@ -16,7 +16,7 @@ from enginehouse.execution.hosting_plan import ProcessKey, first_segment_bytes
 from enginehouse.execution.parking import Parking
 from enginehouse.execution.process_host import HostProcess
 from enginehouse.execution.process_services import ServiceDesk
-from enginehouse.execution.spawning import Launch, Spawner
+from enginehouse.execution.spawning import Launch, Spawner, raise_descriptor_limit
 from enginehouse.execution.supervisor import Supervisor
 
 
@@ -24,6 +24,7 @@ class ProcessPool:
     """One per server; on the loop."""
 
     def __init__(self, services: ServerServices | None, runtimes: Sequence[DeviceRuntime], cache: Path | None) -> None:
+        raise_descriptor_limit()
         self._desk = ServiceDesk(services)
         self._runtime_by_device = {device.name: runtime for runtime in runtimes for device in runtime.devices()}
         self._environments = Environments(cache)

@@ -171,12 +171,14 @@ class WriterSlab:
     def at(self, segment: int, start: int, nbytes: int) -> memoryview:
         return self._segments[segment].memory[start : start + nbytes]
 
-    def give_back_pages(self) -> None:
-        """Returns the pages of all segments to the system while no block is out. Keeps the first page."""
-        if self.allocator.num_live:
-            return
+    def give_back_pages(self, num_kept: int = 0) -> bool:
+        """Returns the pages of all segments to the system if no more blocks are out than those kept, which lie
+        in the first page. Whether it did."""
+        if self.allocator.num_live > num_kept:
+            return False
         for segment in self._segments:
             segment.map.madvise(mmap.MADV_REMOVE, mmap.PAGESIZE, segment.nbytes - mmap.PAGESIZE)
+        return True
 
 
 class _BlockView(weakref.ref["Array"]):
@@ -196,6 +198,10 @@ class ReaderSlab:
         self._views: dict[int, _BlockView] = {}
         self.released: deque[int] = deque()
         """Keys of blocks that nobody here looks at any more; the writer is told with the next message."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(segment.nbytes for segment in self._segments)
 
     def add(self, segment: Segment) -> None:
         self._segments.append(segment)

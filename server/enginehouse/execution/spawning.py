@@ -12,6 +12,7 @@ import ctypes
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -73,6 +74,13 @@ class Child:
         self._reaped = True
         os.close(self.pidfd)
         return describe_exit(status)
+
+
+def raise_descriptor_limit() -> None:
+    """A worker takes four descriptors of the server's; many systems allow 1,024 unless one asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Spawner:

@@ -14,6 +14,8 @@ from enginehouse.execution.process_host import HostProcess
 from enginehouse.execution.supervision import SupervisionPolicy, WorkerFacts, reason_to_kill
 
 TICK_S = 0.25
+IDLE_S = 10.0
+"""A worker that has had nothing to do for so long gives the pages of grown slabs back."""
 PAGE_BYTES = 4096
 
 
@@ -43,6 +45,8 @@ class Supervisor:
         if worker is None or not worker.alive:
             process.stopped_since_s = None
             return
+        if now_s - worker.last_used_ns / 1e9 > IDLE_S:
+            worker.trim()
         for tenant in process.tenants:
             reason = reason_to_kill(read_facts(process, tenant.model.policy, now_s), tenant.model.policy, now_s)
             if reason:

@@ -181,6 +181,9 @@ class WorkerChannel:
             os.close(fd)
             with self._slab_lock:
                 (self.outgoing if message.of_worker else self.incoming).add(segment)
+        elif kind is m.Trim:
+            with self._slab_lock:
+                self.outgoing.give_back_pages(num_kept=1)  # the progress words
         elif kind is m.NoSegment:
             self._segment_refusals.append(message.reason)
         else:

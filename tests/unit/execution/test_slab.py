@@ -127,9 +127,9 @@ def test_pages_go_back_while_no_block_is_out(pair: tuple[WriterSlab, ReaderSlab]
     writer, reader = pair
     key, memory = writer.allocate(MIN_SEGMENT_BYTES)
     memory[-1] = 7
-    writer.give_back_pages()
+    assert not writer.give_back_pages()
     assert reader.at(0, MIN_SEGMENT_BYTES - 1, 1)[0] == 7
     del memory
     writer.free([key])
-    writer.give_back_pages()
+    assert writer.give_back_pages()
     assert reader.at(0, MIN_SEGMENT_BYTES - 1, 1)[0] == 0
