@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from enginehouse.config.schema import ModelConfig
 from enginehouse.types import DataType, InferRequest, InferResponse, Tensor
 
 ANSWER_TIMEOUT_S = 30
+DEVICE = os.environ.get("ENGINEHOUSE_TEST_DEVICE", "cpu")
+"""Where models are placed: with cuda:0 the same tests are those of a GPU."""
 
 
 @dataclass(slots=True)
@@ -39,6 +42,7 @@ def context_of(backend: Backend, folder: Path, text: str) -> LoadContext:
     config: ModelConfig = text_format.Parse(text, ModelConfig())
     config.name = config.name or "model"
     config.backend = backend.name
+    config.instance_group.add(count=1, kind="KIND_CPU" if DEVICE == "cpu" else "KIND_GPU")
     context = LoadContext(config, 1, folder)
     return LoadContext(backend.complete_config(context), 1, folder)
 
@@ -47,7 +51,7 @@ def load(backend: Backend, folder: Path, text: str, num_instances: int = 1) -> L
     context = context_of(backend, folder, text)
     loaded = Loaded(context, backend.load(context))
     for number in range(num_instances):
-        loaded.instances.append(loaded.model.create_instance(Placement(f"model_{number}")))
+        loaded.instances.append(loaded.model.create_instance(Placement(f"model_{number}", DEVICE)))
     return loaded
 
 
