@@ -19,8 +19,7 @@ from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError, InvalidArgument, NotFound, Unsupported
 from enginehouse.types import Tensor
 from enginehouse_backends.transformers_task import TransformersBackend
-
-from . import hugging_face_folders as folders
+from tests.unit.backends import hugging_face_folders as folders
 
 BACKEND = TransformersBackend()
 TEXTS = ["the cat", "a dog sits on the mat", "", "how long is bread baked in berlin " * 30, "words", "anna lives"]
