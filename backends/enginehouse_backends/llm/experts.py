@@ -15,6 +15,7 @@ from enginehouse_backends.llm.checkpoint import Checkpoint
 from enginehouse_backends.llm.layers import Build, Value
 from enginehouse_backends.llm.models.llama import Mlp
 from enginehouse_backends.llm.program import NotNative, Symbol
+from enginehouse_backends.llm.quantization.loading import read_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Experts(Mlp):
                 (self.down[expert], names.down, (hidden, sizes.width), 1),
             )
             for target, part, shape, axis in parts:
-                stored = checkpoint.tensor(f"{prefix}.{part}.weight", shape)
+                stored = read_plain(checkpoint, f"{prefix}.{part}", shape, build.architecture.raw)
                 target.copy_(stored.narrow(axis, first, share))
                 build.on_loaded(stored.nbytes)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from enginehouse_backends.llm.checkpoint import Checkpoint
@@ -25,6 +27,10 @@ class NativeMemory:
         self._library: Library = library()
         self.num_bytes = num_bytes
         self.address = self._library.allocate(num_bytes)
+
+    def array(self) -> torch.Tensor:
+        """The memory as flat bytes; not to be used when this is gone."""
+        return torch.frombuffer((ctypes.c_char * self.num_bytes).from_address(self.address), dtype=torch.uint8)
 
     def __del__(self) -> None:
         if hasattr(self, "address"):
@@ -78,7 +84,8 @@ def load_native(spec: LinearSpec, checkpoint: Checkpoint, build: Build) -> Linea
     for part in spec.parts:
         _release(checkpoint, part, build)
     if spec.bias:
-        kernel.bias = _padded_bias(spec, checkpoint, build, out_features)
+        shares = [read_bias_share(checkpoint, part, spec, build) for part in spec.parts]
+        kernel.bias = padded_bias(torch.cat(shares))
     return kernel
 
 
@@ -88,9 +95,9 @@ def _release(checkpoint: Checkpoint, part: Part, build: Build) -> None:
     build.on_loaded(stored.stop - stored.start)
 
 
-def _padded_bias(spec: LinearSpec, checkpoint: Checkpoint, build: Build, out_features: int) -> torch.Tensor:
+def padded_bias(bias: torch.Tensor) -> torch.Tensor:
+    """[out] → [out, rounded up to whole vectors] float32"""
     lanes = library().lanes
-    bias = torch.zeros(-(-out_features // lanes) * lanes, dtype=torch.float32)
-    shares = [read_bias_share(checkpoint, part, spec, build).float() for part in spec.parts]
-    bias[:out_features] = torch.cat(shares)
-    return bias
+    padded = torch.zeros(-(-bias.shape[0] // lanes) * lanes, dtype=torch.float32)
+    padded[: bias.shape[0]] = bias
+    return padded

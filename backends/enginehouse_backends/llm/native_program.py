@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from enginehouse_backends.llm.kernels.library import Kind, NativeOperation, NativeStep, library
+from enginehouse_backends.llm.kernels.library import UNIT_BYTES, Kind, NativeOperation, NativeStep, library
 from enginehouse_backends.llm.layers import AttentionLayer, Embedding, Linear, LinearKernel, RmsNorm
+from enginehouse_backends.llm.native_coded import NativeCodedLinear
 from enginehouse_backends.llm.native_linear import NATIVE_TYPES, PACKED_TYPES, NativeLinear, NativeMemory
 from enginehouse_backends.llm.program import NotNative, Operation, Program, Symbol
 from enginehouse_backends.llm.runner import FloatArray, IntArray
@@ -188,6 +189,9 @@ class NativeProgram:
 
     def _emit_linear(self, operation: Operation, fields: dict[str, Any]) -> None:
         kernel = operation.parts["kernel"]
+        if isinstance(kernel, NativeCodedLinear):
+            self._emit_coded(kernel, operation, fields)
+            return
         if not isinstance(kernel, NativeLinear) or kernel.dtype != self._dtype:
             raise NotNative(f"linear of {type(kernel).__name__}")
         self._parts.append(kernel)
@@ -204,6 +208,23 @@ class NativeProgram:
         self._num_weights[fields["wanted_rows"]] += kernel.out_features * kernel.in_features
         bias = self._pointer(kernel.bias)
         self._add(Kind.LINEAR, **fields, k=kernel.in_features, weight=kernel.packed.address, bias=bias)
+
+    def _emit_coded(self, kernel: NativeCodedLinear, operation: Operation, fields: dict[str, Any]) -> None:
+        """The rows rounded to 8 bits, then multiplied with the codes."""
+        self._parts.append(kernel)
+        source = self._values[operation.inputs[0]]
+        wanted = fields["wanted_rows"]
+        rounded = _Value(kernel.num_units * UNIT_BYTES // 4, after_select=source.after_select)
+        self._place(rounded)
+        weight = ctypes.addressof(kernel.native)
+        self._add(
+            Kind.ROUND, n=kernel.in_features, input=source.address, input_stride=source.stride, weight=weight,
+            output=rounded.address, output_stride=kernel.num_units, choice=source.is_float, wanted_rows=wanted,
+        )  # fmt: skip
+        self._num_weights[wanted] += kernel.num_bytes // self._dtype.itemsize
+        fields |= {"input": rounded.address, "input_stride": kernel.num_units}
+        self._add(Kind.CODED, **fields, k=kernel.in_features, weight=weight)
+        self._release(rounded)
 
     def _emit_attention(self, operation: Operation, fields: dict[str, Any]) -> None:
         layer: AttentionLayer = operation.parts["layer"]

@@ -20,11 +20,13 @@ from enginehouse_backends.llm.checkpoint import Checkpoint
 from enginehouse_backends.llm.dense import load_dense
 from enginehouse_backends.llm.kernels.build import NoKernels
 from enginehouse_backends.llm.kernels.library import NativeStep, library
-from enginehouse_backends.llm.layers import Build, LoadLinear
+from enginehouse_backends.llm.layers import Build
 from enginehouse_backends.llm.models import DecoderModel, build_model
 from enginehouse_backends.llm.native_linear import load_native
 from enginehouse_backends.llm.native_program import NativeProgram, check_native
 from enginehouse_backends.llm.program import NotNative
+from enginehouse_backends.llm.quantization.linears import Place
+from enginehouse_backends.llm.quantization.loading import QuantizationPlan, plan_quantization, quantized_loader
 from enginehouse_backends.llm.runner import IntArray, Runner, StepInput, StepOutput
 from enginehouse_backends.llm.sampler import sample
 
@@ -47,8 +49,8 @@ class CpuRunnerSettings:
     num_threads: int = 1
     native: bool = True
     """False leaves the native kernels out, for comparison."""
-    load_linear: LoadLinear = load_dense
-    """For the torch path, and what quantization plugs into."""
+    quantization: str = ""
+    """How to round dense weights (int8, int4); "" leaves them, and serves quantized checkpoints as they are."""
 
 
 class _Executor(ABC):
@@ -116,16 +118,17 @@ def _make_executor(
     settings: CpuRunnerSettings,
     on_loaded: Callable[[int], None],
 ) -> _Executor:
+    plan = plan_quantization(architecture.raw, settings.quantization)
     build = Build(
         architecture,
-        settings.load_linear,
+        quantized_loader(plan, Place.TORCH, load_dense) if plan.is_active else load_dense,
         dtype=settings.dtype,
         max_positions=settings.max_positions,
         on_loaded=on_loaded,
     )
-    if settings.native and settings.load_linear is load_dense:
+    if settings.native:
         try:
-            return _NativeExecutor(build, checkpoint, settings)
+            return _NativeExecutor(build, checkpoint, settings, plan)
         except NoKernels as error:
             logger.warning("%s", error)
         except NotNative as error:
@@ -142,18 +145,21 @@ def _load(build: Build, checkpoint: Checkpoint) -> DecoderModel:
 class _NativeExecutor(_Executor):
     """One native call a step."""
 
-    def __init__(self, build: Build, checkpoint: Checkpoint, settings: CpuRunnerSettings) -> None:
+    def __init__(
+        self, build: Build, checkpoint: Checkpoint, settings: CpuRunnerSettings, plan: QuantizationPlan
+    ) -> None:
         """Raises NoKernels, or NotNative before any weight is read."""
         kernels = library()
         if settings.block_size != kernels.block_size:
             raise NotNative(f"blocks of {settings.block_size} tokens (only of {kernels.block_size})")
         build = Build(
             build.architecture,
-            load_native,
+            quantized_loader(plan, Place.NATIVE, load_native) if plan.is_active else load_native,
             dtype=build.dtype,
             max_positions=build.max_positions,
             on_loaded=build.on_loaded,
-            share_tied=True,
+            # a rounded head is no table to look tokens up in
+            share_tied=not plan.rounding,
         )
         check_native(build_model(build), build.dtype)
         kernels.start(settings.num_threads)

@@ -86,6 +86,20 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     ),
 }
 
+NOT_NATIVE = ("mixtral", "qwen3-moe", "gpt2", "olmo2", "cohere", "granite", "stablelm")
+"""What the CPU's native program has no operations for."""
+
+
+QUANTIZABLE: Mapping[str, Any] = {**SHAPE, "hidden_size": 128, "intermediate_size": 192}
+"""Widths that groups of 64 divide."""
+QUANTIZED: Mapping[str, Callable[[], Any]] = {
+    "quantizable": lambda: transformers.LlamaConfig(**QUANTIZABLE),
+    "phi3-quantizable": lambda: transformers.Phi3Config(**QUANTIZABLE, pad_token_id=0),
+    "qwen3-moe-quantizable": lambda: _config(
+        "Qwen3MoeConfig", **QUANTIZABLE, **_EXPERTS, head_dim=32, moe_intermediate_size=64
+    ),
+}
+
 
 def make_reference(config: Any, seed: int = 0) -> Any:
     """A model of transformers with random weights whose greedy choices are far from ties."""
@@ -103,7 +117,7 @@ def make_reference(config: Any, seed: int = 0) -> Any:
 
 def save_reference(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Writes the checkpoint of CONFIGS[name] and gives the model back in float32."""
-    model = make_reference(CONFIGS[name]())
+    model = make_reference({**CONFIGS, **QUANTIZED}[name]())
     model.to(dtype).save_pretrained(folder)
     return model.float()
 

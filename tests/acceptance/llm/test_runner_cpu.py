@@ -16,15 +16,21 @@ from enginehouse_backends.llm.checkpoint import Checkpoint
 from enginehouse_backends.llm.generation import Generation
 from enginehouse_backends.llm.runner import StepInput
 from enginehouse_backends.llm.runner_cpu import CpuRunner, CpuRunnerSettings
-from tests.acceptance.llm.small_models import CONFIGS, MAX_POSITIONS, VOCAB, save_reference
+from tests.acceptance.llm.small_models import CONFIGS, MAX_POSITIONS, NOT_NATIVE, VOCAB, save_reference
 
 NUM_SLOTS = 4
 PAGE_BYTES = 1 << 20
 
 
-def make_runner(folder: Path, native: bool, dtype: torch.dtype = torch.float32) -> CpuRunner:
+def make_runner(folder: Path, native: bool, dtype: torch.dtype = torch.float32, quantization: str = "") -> CpuRunner:
     settings = CpuRunnerSettings(
-        dtype, max_tokens=256, max_wanted=256, max_positions=MAX_POSITIONS, num_threads=2, native=native
+        dtype,
+        max_tokens=256,
+        max_wanted=256,
+        max_positions=MAX_POSITIONS,
+        num_threads=2,
+        native=native,
+        quantization=quantization,
     )
     runner = CpuRunner(read_architecture(folder), Checkpoint(folder), settings)
     assert runner.is_native == native, "another path than the one to be tested"
@@ -36,7 +42,7 @@ def make_runner(folder: Path, native: bool, dtype: torch.dtype = torch.float32) 
 
 
 def is_native(name: str) -> bool:
-    return name not in ("mixtral", "qwen3-moe")
+    return name not in NOT_NATIVE
 
 
 class Sequences:

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("program.cpp", "attention.hpp", "linear.hpp", "rows.hpp", "simd.hpp", "threads.hpp")
+_SOURCES = ("program.cpp", "attention.hpp", "coded.hpp", "linear.hpp", "rows.hpp", "simd.hpp", "threads.hpp")
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
 _COMPILERS = ("c++", "g++", "clang++")
 
@@ -53,19 +53,13 @@ def _compile(compiler: str, target: Path) -> None:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         except (OSError, subprocess.SubprocessError) as error:
             detail = getattr(error, "stderr", "") or str(error)
-            raise NoKernels(
-                f"building the CPU kernels failed: {' '.join(command)}: {detail[-2000:]}"
-            ) from error
+            raise NoKernels(f"building the CPU kernels failed: {' '.join(command)}: {detail[-2000:]}") from error
         os.replace(made, target)  # whoever builds at the same time puts the same file there
 
 
 def _cache_folder() -> Path:
     named = os.environ.get("ENGINEHOUSE_CACHE")
-    base = (
-        Path(named)
-        if named
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "enginehouse"
-    )
+    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "enginehouse"
     return base / "kernels"
 
 

@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from enginehouse_backends.llm.kernels.build import kernel_library
 
-_VERSION = 1
+_VERSION = 2
 
 
 class Kind(IntEnum):
@@ -27,6 +27,8 @@ class Kind(IntEnum):
     SOFTCAP = 10
     CAST = 11
     ARGMAX = 12
+    ROUND = 13
+    CODED = 14
 
 
 class NativeType(IntEnum):
@@ -46,6 +48,23 @@ class NativeOperation(Structure):
         ("number", c_float), ("epsilon", c_float), ("softcap", c_float),
         ("layer", c_int32), ("heads", c_int32), ("kv_heads", c_int32), ("dim", c_int32), ("rotary_dim", c_int32),
         ("window", c_int32), ("choice", c_int32),
+    )  # fmt: skip
+
+
+UNIT = 32
+"""Inputs that share a scale when they are rounded for codes."""
+UNIT_BYTES = UNIT + 8
+CODED_BLOCK = 64
+"""Outputs of a packed block of codes."""
+
+
+class NativeCodes(Structure):
+    """See CodedWeights in coded.hpp."""
+
+    _fields_ = (
+        ("codes", c_void_p), ("scales", c_void_p), ("zeros", c_void_p), ("bias", c_void_p), ("order", c_void_p),
+        ("outputs", c_int64), ("inputs", c_int64), ("multiplier", c_float),
+        ("bits", c_int32), ("units_in_group", c_int32), ("default_zero", c_int32),
     )  # fmt: skip
 
 
@@ -89,6 +108,10 @@ class Library:
             c_int64,
             c_void_p,
         )
+        self._coded_linear = _typed(
+            functions.eh_coded_linear, None, POINTER(NativeCodes), c_void_p, c_int, c_int64, c_int64, c_void_p,
+            c_void_p, c_int64, c_int,
+        )  # fmt: skip
         self._program = _typed(functions.eh_program, c_void_p, POINTER(NativeOperation), c_int64, c_int)
         self._program_free = _typed(functions.eh_program_free, None, c_void_p)
         self._program_run = _typed(functions.eh_program_run, None, c_void_p, POINTER(NativeStep), c_int)
@@ -125,6 +148,15 @@ class Library:
         with self._lock:
             self._pack(*kinds, *source, *outputs, *shape, packed)
 
+    def coded_linear(
+        self, codes: NativeCodes, x: tuple[int, NativeType, int], rows: int, units: int, y: tuple[int, int]
+    ) -> None:
+        """`x`: address, type and row stride; `units`: address of room for the rounded rows; `y`: as x, float."""
+        if self.num_threads == 0:
+            self.start(1)
+        with self._lock:
+            self._coded_linear(codes, *x, rows, units, *y, self.num_threads)
+
     def program(self, operations: list[NativeOperation], kind: NativeType) -> int:
         array = (NativeOperation * len(operations))(*operations)
         return int(self._program(array, len(operations), kind))
@@ -137,9 +169,7 @@ class Library:
             self._program_run(program, step, num_threads)
 
 
-def _typed(
-    function: ctypes._NamedFuncPointer, result: object, *arguments: object
-) -> ctypes._NamedFuncPointer:
+def _typed(function: ctypes._NamedFuncPointer, result: object, *arguments: object) -> ctypes._NamedFuncPointer:
     function.restype = result  # type: ignore[assignment]  # typeshed wants a narrower type than None | class
     function.argtypes = arguments  # type: ignore[assignment]
     return function

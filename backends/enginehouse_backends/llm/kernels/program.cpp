@@ -5,12 +5,14 @@
 #include <cstdlib>
 
 #include "attention.hpp"
+#include "coded.hpp"
 #include "threads.hpp"
 
 namespace eh {
 
 enum Kind : int32_t {
-  kEmbed, kNorm, kAddNorm, kLinear, kTurn, kAttend, kGated, kAdd, kSelect, kScale, kSoftcap, kCast, kArgmax
+  kEmbed, kNorm, kAddNorm, kLinear, kTurn, kAttend, kGated, kAdd, kSelect, kScale, kSoftcap, kCast, kArgmax,
+  kRound, kCoded
 };
 enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
@@ -76,9 +78,24 @@ inline int head_parts(const Operation& o, const Step& step, int threads) {
   return many ? 1 : o.kv_heads;
 }
 
+inline const CodedWeights& coded_weights(const Operation& o) { return *static_cast<const CodedWeights*>(o.weight); }
+
+inline Cut cut_coded(const Operation& o, long rows, int threads) {
+  Cut cut{rows, 0, 1, 1, rows};
+  if (rows > 64) {
+    cut.rows_each = 64;
+    cut.row_blocks = (rows + 63) / 64;
+  } else {
+    cut.groups_each = std::max(1L, num_blocks(o.n) / (8L * threads));
+  }
+  cut.chunks = (num_blocks(o.n) + cut.groups_each - 1) / cut.groups_each * cut.row_blocks;
+  return cut;
+}
+
 inline Cut cut_of(const Operation& o, const Step& step, int threads) {
   const long rows = o.wanted_rows ? step.num_wanted : step.num_tokens;
   if (o.kind == kLinear) return cut_linear(o, rows, threads);
+  if (o.kind == kCoded) return cut_coded(o, rows, threads);
   if (o.kind == kAttend) return {rows, step.num_items * head_parts(o, step, threads), 1, 1, 1};
   const long each = std::max(1L, rows / (4L * threads));
   return {rows, (rows + each - 1) / each, 1, 1, each};
@@ -93,6 +110,22 @@ void linear_chunk(const Operation& o, const Cut& cut, long chunk) {
                  static_cast<const A*>(o.weight), o.n, o.k, g, std::min(cut.rows_each, cut.rows - row),
                  static_cast<float*>(o.output) + row * o.output_stride + g * kGroup, o.output_stride,
                  o.bias ? o.bias + g * kGroup : nullptr);
+}
+
+inline void coded_chunk(const Operation& o, const Cut& cut, long chunk) {
+  const long first = chunk / cut.row_blocks * cut.groups_each, row = chunk % cut.row_blocks * cut.rows_each;
+  const long stop = std::min(num_blocks(o.n), first + cut.groups_each);
+  for (long block = first; block < stop; ++block)
+    coded_linear(coded_weights(o), static_cast<const Unit*>(o.input) + row * o.input_stride, o.input_stride, block,
+                 std::min(cut.rows_each, cut.rows - row), static_cast<float*>(o.output) + row * o.output_stride,
+                 o.output_stride);
+}
+
+template <class A>
+void round_chunk(const Operation& o, long row) {
+  Unit* out = static_cast<Unit*>(o.output) + row * o.output_stride;
+  if (o.choice) return round_row(static_cast<const float*>(o.input) + row * o.input_stride, coded_weights(o), out);
+  round_row(static_cast<const A*>(o.input) + row * o.input_stride, coded_weights(o), out);
 }
 
 inline AttentionShape shape_of(const Operation& o) {
@@ -157,6 +190,7 @@ void row_operation(const Operation& o, const Step& step, long row) {
     case kCast:
       for (long i = 0; i < o.n; ++i) put(a + i, x[i]);
       return;
+    case kRound: return round_chunk<A>(o, row);
     case kArgmax:
       static_cast<int32_t*>(o.output)[row] = int32_t(argmax(x, 0, o.n));
       return;
@@ -166,6 +200,7 @@ void row_operation(const Operation& o, const Step& step, long row) {
 template <class A>
 void run_chunk(const Operation& o, const Step& step, const Cut& cut, long chunk) {
   if (o.kind == kLinear) return linear_chunk<A>(o, cut, chunk);
+  if (o.kind == kCoded) return coded_chunk(o, cut, chunk);
   if (o.kind == kAttend) return attend_chunk<A>(o, step, int(cut.chunks / std::max<long>(1, step.num_items)), chunk);
   const long stop = std::min(cut.rows, (chunk + 1) * cut.rows_each);
   for (long row = chunk * cut.rows_each; row < stop; ++row) row_operation<A>(o, step, row);
@@ -233,7 +268,7 @@ using namespace eh;
 
 extern "C" {
 
-int eh_version() { return 1; }
+int eh_version() { return 2; }
 int eh_lanes() { return kLanes; }
 int eh_block_size() { return kBlock; }
 int eh_max_dim() { return kMaxDim; }
@@ -267,6 +302,24 @@ void eh_pack(int type, int source_type, const void* source, int64_t stride, int6
   if (source_type == kFloat32) pack_as(type, static_cast<const float*>(source), stride, first, outputs, n, k, packed);
   if (source_type == kBfloat16) pack_as(type, static_cast<const bf16*>(source), stride, first, outputs, n, k, packed);
   if (source_type == kFloat16) pack_as(type, static_cast<const Half*>(source), stride, first, outputs, n, k, packed);
+}
+
+// y: [rows, outputs] = x W^T for weights as codes, outside of a program. `units`: room for rows * units a row.
+void eh_coded_linear(const CodedWeights* weights, const void* x, int x_type, int64_t x_stride, int64_t rows, void* units,
+                     float* y, int64_t y_stride, int threads) {
+  const long each = num_units(*weights), blocks = num_blocks(weights->outputs);
+  Unit* rounded = static_cast<Unit*>(units);
+  std::atomic<long> row_claim{0}, block_claim{0};
+  auto job = [&](int) {
+    for (long r; (r = row_claim.fetch_add(1)) < rows;) {
+      if (x_type == kFloat32) round_row(static_cast<const float*>(x) + r * x_stride, *weights, rounded + r * each);
+      else round_row(static_cast<const bf16*>(x) + r * x_stride, *weights, rounded + r * each);
+    }
+    team()->meet();
+    for (long b; (b = block_claim.fetch_add(1)) < blocks;)
+      coded_linear(*weights, rounded, each, b, rows, y, y_stride);
+  };
+  team()->run(std::min(threads, team()->size()), job);
 }
 
 void* eh_program(const Operation* operations, int64_t count, int type) {
