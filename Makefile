@@ -21,12 +21,12 @@ $(VENV)/installed: pyproject.toml constraints-cpu.txt
 	@echo "installing Enginehouse and what the examples need into $(VENV) (the first time takes minutes)"
 	@$(PIP) --upgrade pip wheel
 	@if [ -n "$(CONSTRAINTS)" ]; then $(PIP) torch; fi
-	@$(PIP) -e '.[$(ONNX),torch,llm,examples]'
+	@$(PIP) -e '.[$(ONNX),torch,llm,transformers,examples]'
 	@touch $@
 
 $(VENV)/installed-tests: $(VENV)/installed
 	@echo "installing what the tests need"
-	@$(PIP) -e '.[test,dev,redis,s3]'
+	@$(PIP) -e '.[test,dev,redis,s3,transformers]'
 	@touch $@
 
 install: $(VENV)/installed  ## make the virtual environment and install the server into it
