@@ -136,13 +136,13 @@ def fit(network: Any, images: Any, labels: Any, num_epochs: int) -> None:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_epochs)
     network.train()
     for _ in range(num_epochs):
-        for chosen in torch.randperm(len(inputs)).split(64):
+        for chosen in torch.randperm(len(inputs)).split(64):  # type: ignore[no-untyped-call]
             noisy = inputs[chosen] + 0.1 * torch.randn_like(inputs[chosen])
             logits = network(noisy).reshape(len(chosen), -1, 10)[:, -4:]
             wanted = targets[chosen, None].expand(logits.shape[:-1])
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         schedule.step()
     network.eval()
