@@ -119,12 +119,19 @@ def check_config(config: ModelConfig, signature: Signature) -> None:
             f"unable to load model '{config.name}', configuration expects {len(config.input)} inputs, model "
             f"provides {len(config.input) + len(missing)}: {signature.file} also needs {_names(missing)}"
         )
+    filled = _filled_names(config)
     for entry in config.input:
-        if entry.optional and not _spec(signature.inputs, entry.name).optional:
+        if entry.optional and entry.name not in filled and not _spec(signature.inputs, entry.name).optional:
             raise InvalidArgument(
                 f"model '{config.name}': the config says that input '{entry.name}' is optional, but "
                 f"{signature.file} has no default for it"
             )
+
+
+def _filled_names(config: ModelConfig) -> set[str]:
+    """Optional inputs that the server makes where a client leaves them out."""
+    padding = config.serving.padding
+    return {one.mask_input for one in padding} | {one.length_input for one in padding}
 
 
 def _spec(specs: Sequence[TensorSpec], name: str) -> TensorSpec:
@@ -162,6 +169,15 @@ def _check_listed(
 
 
 def _check_dims(config: ModelConfig, kind: str, entry: Any, spec: TensorSpec, file: str) -> None:
+    if kind == "output" and any(entry.name in derived.target_name for derived in config.batch_output):
+        return  # cut from whatever shape the model gives it
+    if kind == "input" and entry.allow_ragged_batch and config.max_batch_size > 0:
+        if spec.dims != (-1,):
+            raise InvalidArgument(
+                f"unable to load model '{config.name}', input '{entry.name}' has allow_ragged_batch and reaches the "
+                f"model as one flat tensor, but the model provides {list(spec.dims)} ({file})"
+            )
+        return
     dims = tuple(entry.reshape.shape) if entry.HasField("reshape") else tuple(entry.dims)
     full = (-1, *dims) if config.max_batch_size > 0 else dims
     if config.max_batch_size == 1 and spec.dims[:1] == (1,):

@@ -117,3 +117,35 @@ def test_output_that_no_tensor_can_hold_is_left_out_and_refused_when_asked_for()
     assert [output.name for output in completed(signature=signature).output] == ["scores"]
     with pytest.raises(InvalidArgument, match=r"'by_class' of 1/model\.x is a sequence"):
         check_config(completed('output { name: "by_class" }', signature), signature)
+
+
+RAGGED = """name: "m" max_batch_size: 8
+    input { name: "X" data_type: TYPE_FP32 dims: [-1] allow_ragged_batch: true }
+    output { name: "Y" data_type: TYPE_FP32 dims: [-1] }
+    batch_input { kind: BATCH_ELEMENT_COUNT target_name: "N" data_type: TYPE_FP32 source_input: "X" }
+    batch_output { target_name: "Y" kind: BATCH_SCATTER_WITH_INPUT_SHAPE source_input: "X" }"""
+
+
+def flat_signature(dims: tuple[int, ...]) -> Signature:
+    inputs = (TensorSpec("X", DataType.FP32, dims), TensorSpec("N", DataType.FP32, (-1,)))
+    return Signature("model.onnx", inputs, (TensorSpec("Y", DataType.FP32, (-1,)),))
+
+
+def test_a_ragged_input_is_flat_in_the_model() -> None:
+    config = text_format.Parse(RAGGED, ModelConfig())
+    check_config(config, flat_signature((-1,)))
+    with pytest.raises(InvalidArgument, match=r"as one flat tensor, but the model provides \[-1, 4\]"):
+        check_config(config, flat_signature((-1, 4)))
+
+
+def test_a_mask_that_the_server_fills_may_be_optional_for_clients() -> None:
+    config = text_format.Parse(
+        """name: "m" max_batch_size: 8
+        input { name: "X" data_type: TYPE_FP32 dims: [-1] }
+        input { name: "M" data_type: TYPE_FP32 dims: [-1] optional: true }
+        output { name: "Y" data_type: TYPE_FP32 dims: [-1] }
+        serving { padding { input: "X" mask_input: "M" } }""",
+        ModelConfig(),
+    )
+    specs = tuple(TensorSpec(name, DataType.FP32, (-1, -1)) for name in ("X", "M", "Y"))
+    check_config(config, Signature("model.onnx", specs[:2], specs[2:]))

@@ -106,6 +106,12 @@ class SequenceMachine(RuleBasedStateMachine):
         waiting = sum(not answers.is_final for answers in self.sent)
         assert self.rig.scheduler.num_in_flight == waiting
 
+    @invariant()
+    def no_slot_is_held_by_a_sequence_that_is_over(self) -> None:
+        scheduler = self.rig.scheduler
+        assert isinstance(scheduler, SequenceScheduler)
+        assert not any(sequence.is_over for sequence in scheduler._book.sequences)
+
     def teardown(self) -> None:
         for _ in range(20):
             self.rig.run_all()
