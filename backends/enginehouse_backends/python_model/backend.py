@@ -101,7 +101,7 @@ class PythonInstance(RequestInstance):
         wrapped = [self._request_of(request) for request in requests]
         try:
             returned = self._execute(wrapped)
-            if asyncio.iscoroutine(returned):
+            if type(returned) is not list and asyncio.iscoroutine(returned):
                 returned = self._run(returned)
         except Exception as problem:
             raise self._failed(self._describe(problem)) from problem
@@ -144,8 +144,10 @@ class PythonInstance(RequestInstance):
                 f"Number of InferenceResponse objects do not match the number of InferenceRequest objects. "
                 f"InferenceRequest(s) size is:{len(requests)}, and InferenceResponse(s) size is:{len(returned)}\n"
             )
+        response_class = self._response_class
         for request, response in zip(requests, returned, strict=True):
-            self._check_returned(request, response)
+            if request.is_rescheduled or type(response) is not response_class:
+                self._check_returned(request, response)
         for request, response in zip(requests, returned, strict=True):
             if request.is_rescheduled:
                 request.served.sink(InferResponse(has_response=False, reschedule=True))

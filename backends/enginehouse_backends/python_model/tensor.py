@@ -121,7 +121,8 @@ class Tensor:
                 return WireTensor.from_numpy(self._name, array, DataType.BYTES)
             if not array.flags.c_contiguous:
                 array = np.ascontiguousarray(array)
-            data = array.reshape(-1).view(np.uint8).data
+            # A memoryview's cast is quicker than numpy's view, and can't do an empty or a 0-dimensional array.
+            data = array.data.cast("B") if array.ndim and array.size else array.reshape(-1).view(np.uint8).data
             return WireTensor(self._name, _DATATYPE_BY_NUMPY[array.dtype], array.shape, data)
         if self._wire is not None:
             return self._wire

@@ -6,37 +6,43 @@ from collections.abc import Collection, Iterable, Mapping
 
 from enginehouse.errors import Internal
 from enginehouse.execution.messages import ErrorRef, RequestRef, ResponseRef, TensorRef
-from enginehouse.execution.slab import aligned
-from enginehouse.types import DataType, InferRequest, InferResponse, Tensor
+from enginehouse.types import DataType, InferRequest, InferResponse, RequestTimes, Tensor
 
-_TYPES = [None, *sorted(DataType, key=lambda datatype: datatype.proto)]
+_TYPES = [DataType.BOOL, *sorted(DataType, key=lambda datatype: datatype.proto)]
+"""By their number in the proto; 0 is none."""
+_NUM_TYPES = len(_TYPES)
 
 
 def tensors_bytes(tensors: Iterable[Tensor]) -> int:
     """What they take in a block."""
-    return sum((tensor.nbytes + 63) & ~63 for tensor in tensors)
+    total = 0
+    for tensor in tensors:
+        total += (tensor.data.nbytes + 63) & -64
+    return total
 
 
 def write_tensors(tensors: Collection[Tensor], memory: memoryview, offset: int = 0) -> tuple[list[TensorRef], int]:
     """Copies the tensors into a block's memory; where they are, and where the next may start."""
     refs = []
     for tensor in tensors:
-        data = tensor.host_data()
+        data = tensor.data
+        if type(data) is not memoryview:
+            data = tensor.host_data()
         nbytes = data.nbytes
         if nbytes:
             memory[offset : offset + nbytes] = data
         refs.append(TensorRef(tensor.name, tensor.datatype.proto, tensor.shape, offset, nbytes))
-        offset += aligned(nbytes)
+        offset += (nbytes + 63) & -64
     return refs, offset
 
 
 def tensor_of(ref: TensorRef, memory: memoryview) -> Tensor:
     """A view of the block. Raises Internal if the other side names bytes outside of it."""
-    end = ref.offset + ref.nbytes
-    datatype = _TYPES[ref.datatype] if 0 < ref.datatype < len(_TYPES) else None
-    if not 0 <= ref.offset <= end <= max(memory.nbytes, ref.offset) or datatype is None:
+    offset, nbytes = ref.offset, ref.nbytes
+    end = offset + nbytes
+    if not (0 < ref.datatype < _NUM_TYPES and 0 <= offset <= end and (end <= memory.nbytes or not nbytes)):
         raise Internal(f"tensor '{ref.name}' is said to lie outside of its block")
-    return Tensor(ref.name, datatype, ref.shape, memory[ref.offset : end])
+    return Tensor(ref.name, _TYPES[ref.datatype], ref.shape, memory[offset:end])
 
 
 def request_ref(request: InferRequest, inputs: list[TensorRef]) -> RequestRef:
@@ -55,6 +61,10 @@ def request_ref(request: InferRequest, inputs: list[TensorRef]) -> RequestRef:
         request.model_name,
         request.model_version,
     )
+
+
+_NO_TIMES = RequestTimes()
+"""Of requests in a worker: there nobody takes them."""
 
 
 def request_of(ref: RequestRef, memory: memoryview) -> InferRequest:
@@ -76,6 +86,7 @@ def request_of(ref: RequestRef, memory: memoryview) -> InferRequest:
         None,
         None,
         ref.batch_size,
+        _NO_TIMES,
     )
 
 

@@ -9,18 +9,21 @@ from typing import TypeAlias
 
 from enginehouse.backend import RequestInstance, TensorInstance
 from enginehouse.errors import EnginehouseError, FailureReason, Internal
-from enginehouse.execution.contract import ExecutionTimes
 from enginehouse.types import InferRequest, InferResponse, RequestTimes, Tensor
 
 Respond: TypeAlias = Callable[[int, InferResponse], None]
 """Takes the answers of the batch's requests, by their place in the batch."""
 
 
+Nanoseconds: TypeAlias = tuple[int, int, int, int]
+"""The fields of ExecutionTimes."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """How a batch ended for its instance."""
 
-    times: ExecutionTimes
+    times: Nanoseconds
     outputs: Mapping[str, Tensor]
     error: EnginehouseError | None = None
 
@@ -36,7 +39,7 @@ def run_tensors(
     except Exception as problem:
         results, error = {}, as_error(problem)
     end_ns = time.monotonic_ns()
-    return Outcome(ExecutionTimes(start_ns, input_end_ns, end_ns, time.monotonic_ns()), results, error)
+    return Outcome((start_ns, input_end_ns, end_ns, end_ns), results, error)
 
 
 def run_requests(instance: RequestInstance, start_ns: int, requests: Sequence[InferRequest]) -> Outcome:
@@ -48,7 +51,7 @@ def run_requests(instance: RequestInstance, start_ns: int, requests: Sequence[In
     except Exception as problem:
         error = as_error(problem)
     end_ns = time.monotonic_ns()
-    return Outcome(ExecutionTimes(start_ns, input_end_ns, end_ns, end_ns), {}, error)
+    return Outcome((start_ns, input_end_ns, end_ns, end_ns), {}, error)
 
 
 def as_error(problem: BaseException) -> EnginehouseError:

@@ -135,6 +135,8 @@ class Segment:
         self.map = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | populate)
         self.nbytes = nbytes
         self.memory = memoryview(self.map)
+        self.source = self.memory
+        """What readers' views are made of."""
 
 
 class WriterSlab:
@@ -204,6 +206,8 @@ class ReaderSlab:
         return sum(segment.nbytes for segment in self._segments)
 
     def add(self, segment: Segment) -> None:
+        if not self._writable:
+            segment.source = segment.memory.toreadonly()
         self._segments.append(segment)
 
     def open(self, key: int, nbytes: int) -> memoryview:
@@ -213,8 +217,7 @@ class ReaderSlab:
         index, start = key >> _OFFSET_BITS, key & _OFFSET_MASK
         if not 0 <= index < len(self._segments) or start + nbytes > self._segments[index].nbytes:
             raise ValueError(f"block {start}+{nbytes} is not inside segment {index}")
-        block: Array = np.frombuffer(self._segments[index].map, np.uint8, nbytes, start)
-        block.flags.writeable = self._writable
+        block: Array = np.frombuffer(self._segments[index].source, np.uint8, nbytes, start)
         view = _BlockView(block, self._on_last_view_gone)
         view.key = key
         self._views[key] = view

@@ -84,10 +84,11 @@ class ThreadInstance:
         self._forget_if_finished(running)
 
     def _on_outcome(self, running: RunningBatch, outcome: Outcome, answers: Sequence[InferResponse]) -> None:
-        running.stamp(outcome.times)
+        times = ExecutionTimes(*outcome.times)
+        running.stamp(times)
         for index, answer in enumerate(answers):
             running.respond(index, answer)
-        running.release(outcome.times, outcome.error)
+        running.release(times, outcome.error)
         self._forget_if_finished(running)
 
     def _forget_if_finished(self, running: RunningBatch) -> None:
@@ -120,7 +121,7 @@ class ThreadInstance:
             outcome = self._run_instance(running, start_ns, answers)
         except Exception as problem:  # joining or splitting: the batch fails, the thread goes on
             now_ns = time.monotonic_ns()
-            outcome = Outcome(ExecutionTimes(start_ns, now_ns, now_ns, now_ns), {}, as_error(problem))
+            outcome = Outcome((start_ns, now_ns, now_ns, now_ns), {}, as_error(problem))
             answers = []
         self._model.mailbox.post(self._on_outcome, running, outcome, answers)
 

@@ -37,10 +37,9 @@ from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution import messages as m
 from enginehouse.execution.backends import BackendSource
-from enginehouse.execution.contract import ExecutionTimes
 from enginehouse.execution.joiners import joiner_of
 from enginehouse.execution.refs import request_of, response_ref, tensor_of, tensors_bytes, write_tensors
-from enginehouse.execution.running import Outcome, as_error, run_requests, run_tensors
+from enginehouse.execution.running import Nanoseconds, Outcome, as_error, run_requests, run_tensors
 from enginehouse.execution.slab import NO_BLOCK
 from enginehouse.execution.worker_channel import ChannelClosed, WorkerChannel
 from enginehouse.execution.worker_services import ChannelServices, WorkerCalls
@@ -180,7 +179,7 @@ class WorkerInstance:
 
     def _fail(self, message: m.Execute, start_ns: int, error: EnginehouseError) -> None:
         now_ns = time.monotonic_ns()
-        times = ExecutionTimes(start_ns, now_ns, now_ns, now_ns)
+        times = (start_ns, now_ns, now_ns, now_ns)
         self._worker.forget(message.batch_id)
         self._worker.send_done(message.batch_id, NO_BLOCK, 0, [], [], error, times)
 
@@ -197,7 +196,7 @@ class Worker:
         self.channel = WorkerChannel(sock, self._on_message, leave)
         self._solo = solo
         self._calls = WorkerCalls(self.channel)
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._backends: dict[str, Backend] = {}
         self._models: dict[int, LoadedModel] = {}
         self._instances: dict[int, WorkerInstance] = {}
@@ -212,18 +211,27 @@ class Worker:
         _, self._progress = self.channel.allocate(m.PROGRESS_BYTES)
         if not self._solo:
             self.channel.read_in_thread()
-        has_jobs = self._jobs.__len__
+        has_jobs: Callable[[], Any] = self._jobs.__len__
         while True:
-            self.channel.wait_until(lambda: has_jobs() > 0)
-            self._jobs.popleft()()
+            self.channel.wait_until(has_jobs)
+            call, arguments = self._jobs.popleft()
+            call(*arguments)
+            del arguments  # else the last batch's input would be held until the next one
 
     # --- messages
 
     def _on_message(self, message: Any) -> None:
+        if type(message) is m.Execute:
+            hosted = self._instances.get(message.instance_id)
+            if hosted is None:
+                return
+            self._queued.add(message.batch_id)
+            if hosted.jobs is None:
+                self._jobs.append((hosted.execute, (message,)))
+            else:
+                hosted.jobs.put(partial(hosted.execute, message))
+            return
         match message:
-            case m.Execute():
-                self._queued.add(message.batch_id)
-                self._do_for_instance(message.instance_id, lambda hosted: hosted.execute(message))
             case m.Cancel():
                 self._cancel(message)
             case m.InferAnswer():
@@ -231,16 +239,16 @@ class Worker:
             case m.Answer():
                 self._calls.on_answer(message)
             case m.Load():
-                self._jobs.append(partial(self._reply_to, message.call_id, partial(self._load, message)))
+                self._jobs.append((self._reply_to, (message.call_id, partial(self._load, message))))
             case m.CompleteConfig():
-                self._jobs.append(partial(self._reply_to, message.call_id, partial(self._complete, message)))
+                self._jobs.append((self._reply_to, (message.call_id, partial(self._complete, message))))
             case m.Create():
                 self._start_instance(message)
             case m.Close():
                 job = partial(self._reply_to, message.call_id, partial(self._close, message.instance_id))
                 self._do_for_instance(message.instance_id, lambda _: job())
             case m.Unload():
-                self._jobs.append(partial(self._reply_to, message.call_id, partial(self._unload, message)))
+                self._jobs.append((self._reply_to, (message.call_id, partial(self._unload, message))))
             case m.Probe():
                 job = partial(self._reply_to, message.call_id, partial(self._probe, message.instance_id))
                 self._do_for_instance(message.instance_id, lambda _: job())
@@ -272,7 +280,7 @@ class Worker:
         if hosted.jobs is not None:
             hosted.jobs.put(partial(act, hosted))
         else:
-            self._jobs.append(partial(act, hosted))
+            self._jobs.append((act, (hosted,)))
 
     def _reply_to(self, call_id: int, work: Callable[[], Any]) -> None:
         try:
@@ -308,7 +316,7 @@ class Worker:
     def _start_instance(self, message: m.Create) -> None:
         """Each instance is made, run and closed by a thread of its own; a solo one by the main thread."""
         if self._solo and not self._instances:
-            self._jobs.append(partial(self._reply_to, message.call_id, partial(self._create, message, None)))
+            self._jobs.append((self._reply_to, (message.call_id, partial(self._create, message, None))))
             return
         jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         jobs.put(partial(self._reply_to, message.call_id, partial(self._create, message, jobs)))
@@ -360,6 +368,8 @@ class Worker:
     def remember(self, running: RunningRequests) -> None:
         self._running[running.batch_id] = running
         self._queued.discard(running.batch_id)
+        if not self._early_cancels:
+            return
         for index, request in enumerate(running.requests):
             if (running.batch_id, index) in self._early_cancels:
                 self._early_cancels.discard((running.batch_id, index))
@@ -388,7 +398,7 @@ class Worker:
         joined: list[m.TensorRef],
         responses: list[m.ResponseRef],
         error: EnginehouseError | None,
-        times: ExecutionTimes,
+        times: Nanoseconds,
     ) -> None:
         self.channel.send(
             m.Done(
@@ -399,7 +409,7 @@ class Worker:
                 responses,
                 m.ErrorRef.of(error) if error is not None else None,
                 # the outputs are in the slab by now: writing them was the output's part
-                (times.start_ns, times.input_end_ns, times.output_start_ns, time.monotonic_ns()),
+                (*times[:3], time.monotonic_ns()),
                 self.channel.incoming.take_released(),
             )
         )

@@ -42,7 +42,9 @@ class WorkerChannel:
         self._reader: threading.Thread | None = None
         self._frames = m.FrameReader(m.ToWorker)
         self._descriptors: deque[int] = deque()
-        self._turn = threading.Condition()
+        self._lock = threading.Lock()
+        self._turn = threading.Condition(self._lock)
+        self._num_waiting = 0
         self._reading = False
         self._closed = False
         self._send_lock = threading.Lock()
@@ -107,7 +109,8 @@ class WorkerChannel:
         """Blocks until `done()`, which some message makes true; reads for everyone meanwhile. The value of
         `done()` at the end. Raises ChannelClosed when there is nobody to hear from any more."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._turn:
+        lock = self._lock
+        with lock:
             while not done():
                 if self._closed:
                     raise ChannelClosed
@@ -115,30 +118,36 @@ class WorkerChannel:
                 if left_s is not None and left_s <= 0:
                     return False
                 if self._reading:
+                    self._num_waiting += 1
                     self._turn.wait(left_s)
+                    self._num_waiting -= 1
                     continue
                 self._reading = True
-                self._turn.release()
+                lock.release()
                 try:
                     self._read(left_s)
                 finally:
-                    self._turn.acquire()
-                    self._reading = False
-                    self._turn.notify_all()
+                    lock.acquire()
+                    self._hand_over()
             return True
+
+    def _hand_over(self) -> None:
+        """With the lock held: somebody else may read; whoever waits looks whether it has come."""
+        self._reading = False
+        if self._num_waiting:
+            self._turn.notify_all()
 
     def poll(self) -> None:
         """Takes in what has arrived, unless another thread is reading anyway."""
-        with self._turn:
+        with self._lock:
             if self._reading or self._closed:
                 return
             self._reading = True
         try:
             self._read(0.0)
         finally:
-            with self._turn:
-                self._reading = False
-                self._turn.notify_all()
+            with self._lock:
+                self._hand_over()
 
     def _read(self, timeout_s: float | None) -> None:
         flags = 0
