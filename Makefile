@@ -16,7 +16,7 @@ ONNX := $(if $(CONSTRAINTS),onnx,gpu)
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-$(VENV)/installed: pyproject.toml constraints-cpu.txt
+$(VENV)/installed: pyproject.toml constraints-cpu.txt Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing Enginehouse and what the examples need into $(VENV) (the first time takes minutes)"
 	@$(PIP) --upgrade pip wheel
