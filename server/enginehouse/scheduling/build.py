@@ -31,6 +31,7 @@ from enginehouse.scheduling.sequence_batching import (
 )
 from enginehouse.scheduling.sequence_controls import SequenceControls
 from enginehouse.scheduling.sequence_loop import SequenceOptions, SequenceScheduler
+from enginehouse.scheduling.sequence_requests import SequenceRequests
 from enginehouse.scheduling.sequence_state import SequenceStates
 from enginehouse.scheduling.tuning import BatchTuner, TunedBatching
 
@@ -141,13 +142,12 @@ def _sequence_options(config: ModelConfig, model_directory: Path | None) -> Sequ
     batching = config.sequence_batching
     is_oldest = batching.HasField("oldest")
     return SequenceOptions(
-        model_name=config.name,
         batching=oldest_batching(config) if is_oldest else DirectBatching.of(config),
-        controls=SequenceControls(config),
-        states=SequenceStates(config, model_directory),
+        requests=SequenceRequests(
+            config.name, SequenceControls(config), SequenceStates(config, model_directory), shape_key_of(config)
+        ),
         num_slots=num_slots_of(config),
         max_idle_ns=max_idle_ns_of(config),
-        shape_key=shape_key_of(config),
         preserves_order=is_oldest and batching.oldest.preserve_ordering,
         is_iterative=batching.iterative_sequence,
         hold_until_queued=test_hooks.delay_scheduler(),

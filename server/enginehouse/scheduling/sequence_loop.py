@@ -6,11 +6,11 @@ on the server's loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from enginehouse.errors import EnginehouseError, FailureReason, InvalidArgument, Unavailable
+from enginehouse.errors import EnginehouseError, FailureReason, Unavailable
 from enginehouse.execution.contract import Batch, ExecutionTimes, InstanceHandle
 from enginehouse.scheduling.clock import Alarm, Clock, LoopClock
 from enginehouse.scheduling.contract import ExecutionObserver
@@ -21,8 +21,7 @@ from enginehouse.scheduling.queue import RequestQueue, Ticket
 from enginehouse.scheduling.rate_limiter import InstanceLimits
 from enginehouse.scheduling.sequence_batching import DirectBatching
 from enginehouse.scheduling.sequence_book import SequenceBook, SequenceRun
-from enginehouse.scheduling.sequence_controls import SequenceControls
-from enginehouse.scheduling.sequence_state import SequenceStates, zeros
+from enginehouse.scheduling.sequence_requests import SequenceRequests
 from enginehouse.types import InferRequest, InferResponse
 
 
@@ -30,14 +29,11 @@ from enginehouse.types import InferRequest, InferResponse
 class SequenceOptions:
     """How one version's sequences are batched."""
 
-    model_name: str
     batching: DirectBatching | DynamicBatching
     """DynamicBatching stands for the strategy `oldest`."""
-    controls: SequenceControls
-    states: SequenceStates
+    requests: SequenceRequests
     num_slots: int
     max_idle_ns: int
-    shape_key: Callable[[InferRequest], Hashable]
     preserves_order: bool = False
     is_iterative: bool = False
     hold_until_queued: int = 0
@@ -72,6 +68,7 @@ class SequenceScheduler:
         limits: InstanceLimits | None = None,
     ) -> None:
         self._options = options
+        self._requests = options.requests
         self._observer = observer
         self._clock = clock or LoopClock()
         self._limits = limits
@@ -81,7 +78,7 @@ class SequenceScheduler:
         order = ResponseOrder(self._in_flight.deliver) if options.preserves_order else None
         self._order = order
         self._deliver = order.respond if order is not None else self._in_flight.deliver
-        self._book = SequenceBook(options.model_name, options.max_idle_ns)
+        self._book = SequenceBook(options.requests.model_name, options.max_idle_ns)
         self._lanes: dict[InstanceHandle, InstanceLane] = {}
         self._lane_numbers = count()
         self._alarm = Alarm(self._clock, self._on_alarm)
@@ -109,7 +106,7 @@ class SequenceScheduler:
             raise cancelled()
         self._check(request)
         now_ns = request.times.queued_ns = self._clock.now_ns()
-        ticket = Ticket(request, now_ns, self._options.shape_key(request))
+        ticket = Ticket(request, now_ns, self._requests.shape_key(request))
         sequence = self._book.admit(request, ticket, now_ns)
         request.flow = sequence
         request.on_cancel = self._cancel_waiting
@@ -150,25 +147,15 @@ class SequenceScheduler:
     # --- accepting
 
     def _check(self, request: InferRequest) -> None:
-        model = self._options.model_name
-        if request.batch_size > 1:
-            raise InvalidArgument(
-                f"inference request to model '{model}' must specify batch-size 1 due to requirements of "
-                f"sequence batcher"
-            )
         if self._options.is_iterative:
             request.sequence_start, request.sequence_end = True, False
             request.correlation_id = request.correlation_id or next(self._iterations)
-        elif not request.correlation_id:
-            raise InvalidArgument(
-                f"inference request to model '{model}' must specify a non-zero or non-empty correlation ID"
-            )
+        self._requests.check(request)
         if self._num_waiting >= self._options.max_waiting:
             raise Unavailable(
                 f"[request id: {request.id or '<id_unknown>'}] Exceeds maximum queue size",
                 reason=FailureReason.REJECTED,
             )
-        self._options.controls.check(request.correlation_id)
 
     def _settle(self, sequence: SequenceRun) -> None:
         """The sequence has a new request or a new slot: let its lane know."""
@@ -189,16 +176,8 @@ class SequenceScheduler:
             sequence.is_running = True
             ticket = Ticket(sequence.waiting[0].request, self._clock.now_ns(), sequence.waiting[0].shape_key)
             sequence.waiting[0] = ticket
-            self._add_states_key(sequence, ticket)
+            self._requests.prepare(sequence, ticket)
             lane.ready.add(ticket)
-
-    def _add_states_key(self, sequence: SequenceRun, ticket: Ticket) -> None:
-        """States of different shapes can't share a batch either."""
-        if self._options.states:
-            if ticket.request.sequence_start:
-                sequence.states = self._options.states.initial()
-            shapes = tuple(state.shape for state in sequence.states.values())
-            ticket.shape_key = (self._options.shape_key(ticket.request), shapes)
 
     # --- deciding
 
@@ -228,7 +207,7 @@ class SequenceScheduler:
             return
         for sequence in lane.slots:
             if sequence is not None and sequence.waiting:
-                self._add_states_key(sequence, sequence.waiting[0])
+                self._requests.prepare(sequence, sequence.waiting[0])
         decision = batching.decide(lane.slots, now_ns)
         if isinstance(decision, Wait):
             lane.wait = decision
@@ -236,7 +215,7 @@ class SequenceScheduler:
             pattern = next(sequence for sequence in decision.rows if sequence is not None)
             null_of = pattern.waiting[0].request
             requests = [
-                self._null_request(null_of) if sequence is None else self._cut(sequence, now_ns)
+                self._requests.null_request(null_of) if sequence is None else self._cut(sequence, now_ns)
                 for sequence in decision.rows
             ]
             self._hand_over(lane, requests)
@@ -275,25 +254,10 @@ class SequenceScheduler:
         sequence.runs_on = sequence.lane
         request.times.started_ns = now_ns
         request.on_cancel = self._cancel_running
-        options = self._options
-        for tensor in options.controls.tensors(
-            request.correlation_id, start=request.sequence_start, end=request.sequence_end
-        ):
-            request.inputs[tensor.name] = tensor
-        if options.states:
-            request.inputs.update(sequence.states)
+        self._requests.complete(sequence, request)
         if self._order is not None:
             self._order.open(request)
         return request
-
-    def _null_request(self, pattern: InferRequest) -> InferRequest:
-        """A row that nobody asked for: inputs of the same shape as the others', READY false."""
-        inputs = {name: zeros(name, tensor.datatype, tensor.shape) for name, tensor in pattern.inputs.items()}
-        for tensor in self._options.controls.tensors(0, start=False, end=False, ready=False):
-            inputs[tensor.name] = tensor
-        for name, state in pattern.flow.states.items():
-            inputs[name] = zeros(name, state.datatype, state.shape)
-        return InferRequest(pattern.model_name, inputs=inputs, batch_size=pattern.batch_size)
 
     def _hand_over(self, lane: InstanceLane, requests: Sequence[InferRequest]) -> None:
         lane.num_batches += 1
@@ -312,10 +276,7 @@ class SequenceScheduler:
         sequence: SequenceRun | None = request.flow
         if sequence is None:
             return  # a null request's
-        states = self._options.states
-        if states and response.outputs:
-            sequence.states = states.after(sequence.states, response.outputs)
-            response.outputs = states.client_outputs(response.outputs, request.requested_outputs)
+        self._requests.absorb(sequence, request, response)
         if response.final:
             request.on_cancel = None
         self._deliver(request, response)
@@ -328,7 +289,7 @@ class SequenceScheduler:
             self._in_flight.refuse(request, cancelled())
             return
         request.on_cancel = self._cancel_waiting
-        sequence.waiting.appendleft(Ticket(request, self._clock.now_ns(), self._options.shape_key(request)))
+        sequence.waiting.appendleft(Ticket(request, self._clock.now_ns(), self._requests.shape_key(request)))
         self._num_waiting += 1
 
     def _on_done(self, batch: Batch, times: ExecutionTimes, error: EnginehouseError | None) -> None:
@@ -391,7 +352,7 @@ class SequenceScheduler:
 
     def _lose(self, lane: InstanceLane) -> None:
         self._book.retire(lane)
-        model, instance = self._options.model_name, lane.instance.name
+        model, instance = self._options.requests.model_name, lane.instance.name
 
         def lost(request: InferRequest) -> Unavailable:
             return Unavailable(

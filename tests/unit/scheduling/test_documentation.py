@@ -14,7 +14,8 @@ from enginehouse.scheduling.batch_rule import load_rule
 from .factories import rig_of
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "scheduling.md").read_text()
-TENSORS = 'input [ { name: "X" data_type: TYPE_INT32 dims: [ 1 ] } ] output [ { name: "Y" data_type: TYPE_INT32 dims: [ 1 ] } ]'
+TENSORS = """input [ { name: "X" data_type: TYPE_INT32 dims: [ 1 ] } ]
+    output [ { name: "Y" data_type: TYPE_INT32 dims: [ 1 ] } ]"""
 
 
 def blocks(language: str) -> list[str]:

@@ -98,5 +98,5 @@ class QueueMachine(RuleBasedStateMachine):
             assert 0 < self.queue.next_timeout_ns <= first
 
 
-QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+QueueMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestQueueMachine = QueueMachine.TestCase

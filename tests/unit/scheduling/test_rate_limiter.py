@@ -192,5 +192,5 @@ class LimiterMachine(RuleBasedStateMachine):
         assert any(self.running) or not any(self.wants)
 
 
-LimiterMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LimiterMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestLimiterMachine = LimiterMachine.TestCase

@@ -126,7 +126,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.cache.num_entries == len(self.model)
 
 
-CacheMachine.TestCase.settings = settings(max_examples=60, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=30, deadline=None)
 TestCacheMachine = CacheMachine.TestCase
 
 

@@ -139,7 +139,7 @@ class OldestMachine(SequenceMachine):
 
 
 for machine in (DirectMachine, OldestMachine):
-    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+    machine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestDirectMachine = DirectMachine.TestCase
 TestOldestMachine = OldestMachine.TestCase
 
