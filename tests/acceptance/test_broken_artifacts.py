@@ -26,7 +26,7 @@ REASON_BY_MODEL = {
     "corrupt": r"corrupt/1/model\.onnx is not an ONNX model",
     "missing": r"unable to find .*missing/1/model\.onnx",
     "wrong_type": r"expects datatype TYPE_INT8 for input 'features', model provides TYPE_FP32 \(.*model\.onnx\)",
-    "on_gpu": r"group on_gpu_0 of model on_gpu (has kind KIND_GPU but no GPUs are|specifies invalid or unsupported gpu id 99)",
+    "on_gpu": r"on_gpu_0 of model on_gpu (has kind KIND_GPU but no GPUs|specifies invalid or unsupported gpu id 99)",
     "undescribed": r"must specify 'input' in the config, because .*undescribed/1/model\.pt doesn't say",
 }
 

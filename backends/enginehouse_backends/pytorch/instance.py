@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class TorchInstance(TensorInstance):
         self.device = device
         self._model_name = context.name
         self._program: Program | None = program
-        self._parameters = Parameters(config)
+        switches = Parameters(config)
         self._has_batch_axis = config.max_batch_size > 0
         names = [entry.name for entry in config.input]
         self._argument_by_input = (
@@ -44,11 +45,10 @@ class TorchInstance(TensorInstance):
         self._datatype_by_output = {e.name: DataType.from_proto(e.data_type) for e in config.output}
         self._picker = OutputPicker(context.name, list(self._datatype_by_output))
         self._stream = self._new_stream(config.optimization.priority) if device.startswith("cuda") else None
-        self._num_threads: int | None = self._wanted_threads(context)
-
-    def _wanted_threads(self, context: LoadContext) -> int:
-        asked = self._parameters.number("INTRA_OP_THREAD_COUNT") or self._parameters.number("NUM_THREADS")
-        return asked or default_threads(context.config)
+        self._settings = self._make_settings(switches)
+        self._cleans_cache = self._stream is not None and bool(switches.switch("ENABLE_CACHE_CLEANING"))
+        asked = switches.number("INTRA_OP_THREAD_COUNT") or switches.number("NUM_THREADS")
+        self._num_threads: int | None = asked or default_threads(config)
 
     def _new_stream(self, priority: int) -> Any:
         """PRIORITY_MAX (1) becomes the stream's -1, which CUDA runs first."""
@@ -65,10 +65,15 @@ class TorchInstance(TensorInstance):
                 f"{', '.join(self._datatype_by_output)}"
             )
         try:
-            with self._settings():
+            if self._num_threads is not None:
+                self._enter_thread()
+            with self._settings[0]() if len(self._settings) == 1 else self._several_settings():
                 values = {self._argument_by_input[name]: self._to_torch(t) for name, t in inputs.items()}
                 leaves = self._picker.pick(self._program.call(values), is_leaf, outputs)
-                return self._to_tensors(leaves, values)
+                results = self._to_tensors(leaves, values)
+            if self._cleans_cache:
+                torch.cuda.empty_cache()
+            return results
         except EnginehouseError:
             raise
         except Exception as problem:
@@ -80,24 +85,30 @@ class TorchInstance(TensorInstance):
             return InvalidArgument(text)
         return Internal(text)
 
+    def _make_settings(self, switches: Parameters) -> list[Callable[[], Any]]:
+        """Context managers that hold for this thread while the model runs."""
+        infers = switches.switch("INFERENCE_MODE") is not False
+        settings: list[Callable[[], Any]] = [torch.inference_mode if infers else torch.no_grad]
+        if switches.switch("DISABLE_OPTIMIZED_EXECUTION"):
+            settings.append(partial(torch.jit.optimized_execution, False))  # type: ignore[attr-defined]
+        if switches.switch("DISABLE_CUDNN"):
+            settings.append(partial(torch.backends.cudnn.flags, enabled=False))
+        if self._stream is not None:
+            settings.append(partial(torch.cuda.stream, self._stream))
+        return settings
+
     @contextlib.contextmanager
-    def _settings(self) -> Iterator[None]:
-        """What holds for this thread while the model runs."""
-        if self._num_threads is not None:
-            torch.set_num_threads(self._num_threads)
-            self._num_threads = None  # it stays: an instance runs in one thread
+    def _several_settings(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            inference_mode = self._parameters.switch("INFERENCE_MODE") is not False
-            stack.enter_context(torch.inference_mode() if inference_mode else torch.no_grad())
-            if self._parameters.switch("DISABLE_OPTIMIZED_EXECUTION"):
-                stack.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
-            if self._parameters.switch("DISABLE_CUDNN"):
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            if self._stream is not None:
-                stack.enter_context(torch.cuda.stream(self._stream))
+            for setting in self._settings:
+                stack.enter_context(setting())
             yield
-            if self._stream is not None and self._parameters.switch("ENABLE_CACHE_CLEANING"):
-                torch.cuda.empty_cache()
+
+    def _enter_thread(self) -> None:
+        """Once, in the thread that the instance runs in: torch counts threads by thread."""
+        assert self._num_threads is not None
+        torch.set_num_threads(self._num_threads)
+        self._num_threads = None
 
     def _to_torch(self, tensor: Tensor) -> Any:
         """A list of str for BYTES. A copy, unless the model is known to leave its inputs alone."""
