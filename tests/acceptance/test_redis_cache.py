@@ -7,12 +7,15 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tritonclient.http as http_client
 
 from enginehouse.scheduling.caches import RedisCache
 from enginehouse.scheduling.response_cache import CacheEntry
+from enginehouse.testing.server import ServerProcess
 from enginehouse.types import Tensor
 
 pytestmark = pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server")
@@ -78,3 +81,41 @@ async def test_without_redis_everything_is_a_miss(caplog: pytest.LogCaptureFixtu
     await cache.put(KEY, entry())
     assert "can't be read" in caplog.text
     await cache.close()
+
+
+COUNTING = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.count = 0
+
+    def execute(self, requests):
+        self.count += len(requests)
+        tensor = pb_utils.Tensor("N", np.array([self.count], np.int32))
+        return [pb_utils.InferenceResponse([tensor]) for _ in requests]
+"""
+
+CONFIG = """backend: "python"
+input [ { name: "X" data_type: TYPE_INT32 dims: [ 1 ] } ] output [ { name: "N" data_type: TYPE_INT32 dims: [ 1 ] } ]
+instance_group [ { kind: KIND_CPU } ] response_cache { enable: true }
+"""
+
+
+def test_one_server_answers_what_another_has_computed(redis_port: int, tmp_path: Path) -> None:
+    (tmp_path / "counting" / "1").mkdir(parents=True)
+    (tmp_path / "counting" / "1" / "model.py").write_text(COUNTING)
+    (tmp_path / "counting" / "config.pbtxt").write_text(CONFIG)
+    flags = ["--cache-config=redis,host=127.0.0.1", f"--cache-config=redis,port={redis_port}"]
+
+    def ask(server: ServerProcess, value: int) -> int:
+        with http_client.InferenceServerClient(server.http) as client:
+            tensor = http_client.InferInput("X", [1], "INT32").set_data_from_numpy(np.array([value], np.int32))
+            return int(client.infer("counting", [tensor]).as_numpy("N").item())
+
+    with ServerProcess([tmp_path], flags) as first, ServerProcess([tmp_path], flags) as second:
+        assert [ask(first, 5), ask(first, 6), ask(first, 5)] == [1, 2, 1]
+        assert ask(second, 6) == 2
+        assert ask(second, 7) == 1

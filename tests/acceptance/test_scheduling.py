@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,43 @@ class TritonPythonModel:
         time.sleep(0.05)
         tensor = pb_utils.Tensor("N", np.array([[self.count]], np.int32))
         return [pb_utils.InferenceResponse([tensor]) for _ in requests]
+"""
+
+COUNTDOWN = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.left = {}
+
+    def execute(self, requests):
+        for request in requests:
+            number = request.correlation_id()
+            start = pb_utils.get_input_tensor_by_name(request, "START").as_numpy().item()
+            if start:
+                self.left[number] = pb_utils.get_input_tensor_by_name(request, "X").as_numpy().item()
+            sender = request.get_response_sender()
+            tensor = pb_utils.Tensor("N", np.array([self.left[number]], np.int32))
+            sender.send(pb_utils.InferenceResponse([tensor]))
+            self.left[number] -= 1
+            if self.left[number] > 0:
+                request.set_release_flags(pb_utils.TRITONSERVER_REQUEST_RELEASE_RESCHEDULE)
+            else:
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        return None
+"""
+
+ITERATIVE = """backend: "python" max_batch_size: 0
+input [ { name: "X" data_type: TYPE_INT32 dims: [ 1 ] } ] output [ { name: "N" data_type: TYPE_INT32 dims: [ 1 ] } ]
+instance_group [ { count: 1 kind: KIND_CPU } ]
+model_transaction_policy { decoupled: true }
+sequence_batching {
+  iterative_sequence: true
+  oldest { max_candidate_sequences: 4 }
+  control_input [ { name: "START" control [ { kind: CONTROL_SEQUENCE_START int32_false_true: [ 0, 1 ] } ] } ]
+}
 """
 
 ENCODER = """
@@ -115,6 +153,7 @@ def write_models(root: Path) -> None:
         [onnx_models.value("OUT", real, ["b", 1])],
     )
     write(root, "pipeline", PIPELINE)
+    write(root, "countdown", ITERATIVE, COUNTDOWN)
     write(root, "shared", SLOW_INPUTS + FAIR, SLOW)
     write(root, "tuned", SLOW_INPUTS.replace("max_batch_size: 1", "max_batch_size: 8") + TUNED, SLOW)
     limited = 'rate_limiter { resources [ { name: "licence" global: true count: 1 } ] }'
@@ -263,6 +302,22 @@ def test_the_tuner_shows_its_choice_and_writes_it_down(server: ServerProcess, cl
 
 def server_root(server: ServerProcess) -> str:
     return next(part for part in server._command if part.startswith("--model-repository=")).partition("=")[2]
+
+
+def test_an_iterative_request_runs_until_the_model_has_enough(server: ServerProcess) -> None:
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    with grpc_client.InferenceServerClient(server.grpc) as asking:
+        asking.start_stream(lambda result, error: answers.put((result, error)))
+        for count in (5, 3):
+            tensor = grpc_client.InferInput("X", [1], "INT32").set_data_from_numpy(np.array([count], np.int32))
+            asking.async_stream_infer("countdown", [tensor], request_id=str(count))
+        found: dict[str, list[int]] = {"5": [], "3": []}
+        for _ in range(8):
+            result, error = answers.get(timeout=20)
+            assert error is None
+            found[result.get_response().id].append(int(result.as_numpy("N").item()))
+        asking.stop_stream()
+    assert found == {"5": [5, 4, 3, 2, 1], "3": [3, 2, 1]}
 
 
 def test_a_condition_that_is_no_expression_fails_the_load_by_name(client: Any) -> None:
