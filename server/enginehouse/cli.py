@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import metadata
+from typing import Any
 
 import click
 
@@ -12,21 +13,34 @@ from enginehouse import __version__
 from enginehouse.config.commands import config_group
 
 
-class CommandLine(click.Group):
-    """Backends bring commands of their own by the entry point group `enginehouse.commands`."""
+class BroughtCommand(click.Command):
+    """A command of a backend, found by the entry point group `enginehouse.commands`; imported when it is used."""
 
-    def list_commands(self, context: click.Context) -> list[str]:
-        return sorted({*super().list_commands(context), *_installed_commands()})
+    def __init__(self, entry: metadata.EntryPoint) -> None:
+        super().__init__(entry.name, short_help=f"From {entry.module}.")
+        self._entry = entry
 
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        command = super().get_command(context, name)
-        if command is not None or name not in _installed_commands():
-            return command
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
         try:
-            loaded: click.Command = _installed_commands()[name].load()
+            command: click.Command = self._entry.load()
         except ImportError as problem:
-            raise click.ClickException(f"'{name}' can't be loaded: {problem}") from problem
-        return loaded
+            raise click.ClickException(f"'{self.name}' can't be loaded: {problem}") from problem
+        return command.make_context(info_name, args, parent, **extra)
+
+
+class CommandLine(click.Group):
+    """Our own commands, and those that backends bring."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_installed_commands()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        command = super().get_command(ctx, cmd_name)
+        if command is not None or cmd_name not in _installed_commands():
+            return command
+        return BroughtCommand(_installed_commands()[cmd_name])
 
 
 def _installed_commands() -> dict[str, metadata.EntryPoint]:
