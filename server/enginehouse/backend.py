@@ -29,12 +29,14 @@ class HostKind(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Placement:
     """One instance's place. `device` is "cpu", "cuda:0", … or "model", where the backend chooses itself;
-    `name` is `<group>_<index>`. Passive instances are made and never given a batch."""
+    `name` is `<group>_<index>`. Passive instances are made and never given a batch. `cpu_cores` are those of
+    the group's host policy; empty for all."""
 
     name: str
     device: str = "cpu"
     group: int = 0
     passive: bool = False
+    cpu_cores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ import pytest
 
 from enginehouse.errors import EnginehouseError, FailureReason, Unavailable
 from enginehouse.execution.contract import HostState
-from tests.faults.hosting import hosted, request_of
+from enginehouse.execution.hosts import HostOptions
+from tests.faults.hosting import BACKENDS, hosted, request_of
 
 pytestmark = pytest.mark.asyncio
 
@@ -215,3 +216,15 @@ async def test_every_request_is_answered_whatever_happens_to_the_worker() -> Non
         # `run` returns only when each request has exactly one final answer.
         assert answered == sent
         assert (await host.run(1)).values() == [[2, 2]]
+
+
+@KINDS
+async def test_a_host_policy_keeps_instances_on_their_cores(backend: str) -> None:
+    core = min(os.sched_getaffinity(0))
+    options = HostOptions(more_backends=BACKENDS, host_policies={"one": {"cpu-cores": str(core)}})
+    groups = "instance_group [{ kind: KIND_CPU count: 2 host_policy: 'one' }, { kind: KIND_CPU }]"
+    async with hosted(f'backend: "{backend}" {groups}', options) as host:
+        pid = await host.pid(instance=0)
+        threads = {thread: os.sched_getaffinity(thread) for thread in map(int, os.listdir(f"/proc/{pid}/task"))}
+        assert {core} in threads.values()
+        assert os.sched_getaffinity(0) != {core} or len(os.sched_getaffinity(0)) == 1

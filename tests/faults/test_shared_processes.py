@@ -135,3 +135,17 @@ async def test_instances_move_between_gpus_in_place() -> None:
         await a.model.set_instances([Placement("a_0_1", "simulated:1")])
         assert not psutil.pid_exists(pid)
         assert (await a.run(2)).values() == [[4, 4]]
+
+
+async def test_a_gpu_that_is_fuller_than_its_limit_takes_no_further_model() -> None:
+    workers_find_tests()
+    simulated = SimulatedRuntime({"simulated:0": 4 * GIB}, used={"simulated:0": 3 * GIB})
+    options = HostOptions(more_backends=BACKENDS, gpu_load_limits={0: 0.7})
+    hosts = ModelHosts(options=options, runtimes=(CpuRuntime(), simulated))
+    config = text_format.Merge(f"{ON_GPU} {on(0)}", text_format.Parse(CONFIG, ModelConfig()))
+    with pytest.raises(ResourceExhausted, match=r"75% of its memory are used, --model-load-gpu-limit allows 70%"):
+        await hosts.load(LoadContext(config, 1, HERE), lambda health: None)
+    simulated.used["simulated:0"] = 2 * GIB
+    model = await hosts.load(LoadContext(config, 1, HERE), lambda health: None)
+    await model.close()
+    await hosts.close()

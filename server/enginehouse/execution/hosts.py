@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from enginehouse.backend import Backend, HostKind, LoadContext, Placement
+from enginehouse.backend import Backend, LoadContext, Placement
 from enginehouse.config.backends import implementation_of
 from enginehouse.config.schema import ModelConfig
-from enginehouse.errors import InvalidArgument
+from enginehouse.errors import InvalidArgument, ResourceExhausted
 from enginehouse.execution import messages as m
 from enginehouse.execution.backends import BACKEND_MODEL_OPTION, BackendSource, find_backend
 from enginehouse.execution.contract import HostedModel, HostHealth, MemoryEntry, ServerServices
-from enginehouse.execution.devices import CpuRuntime, CudaRuntime, DeviceRuntime, SimulatedRuntime
+from enginehouse.execution.devices import CpuRuntime, CudaRuntime, DeviceInfo, DeviceRuntime, SimulatedRuntime
+from enginehouse.execution.host_policy import cores_of_policies
 from enginehouse.execution.hosting_plan import declared_memory, memory_entries, plan_hosting
 from enginehouse.execution.ledger import Ledger
 from enginehouse.execution.mailbox import Mailbox
+from enginehouse.execution.options import HostOptions, host_options
 from enginehouse.execution.placement import Machine, placements, with_explicit_groups
 from enginehouse.execution.process_model import ProcessHostedModel
 from enginehouse.execution.process_pool import ProcessPool
@@ -29,50 +29,7 @@ from enginehouse.execution.supervision import SupervisionPolicy
 from enginehouse.execution.supervisor import own_bytes
 from enginehouse.execution.thread_host import ThreadHostedModel, load_in_threads
 
-if TYPE_CHECKING:
-    from enginehouse.options import ServerOptions
-
-
-@dataclass(frozen=True, slots=True)
-class HostOptions:
-    """What the server's options say about execution."""
-
-    backend_directories: Sequence[Path] = ()
-    cpu_for_missing_gpu: bool = False
-    """Run KIND_GPU groups on the CPU where there is no GPU, instead of refusing the model."""
-    memory_limits: Mapping[str, int | float] = field(default_factory=dict)
-    """By device ("cpu", "cuda:0", …): bytes that models may use, or a fraction; without one, all of it."""
-    supervision: SupervisionPolicy = field(default_factory=SupervisionPolicy)
-    """What holds for a model whose config says nothing else."""
-    backend_settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """From --backend-config, by backend; "" is for every backend."""
-    default_hosts: Mapping[str, HostKind] = field(default_factory=dict)
-    """By backend, where the config doesn't say."""
-    simulated_gpu_bytes: Sequence[int] = ()
-    environment_cache: Path | None = None
-    """Where models' own Python environments are kept; the user's cache folder by default."""
-    more_backends: Mapping[str, str] = field(default_factory=dict)
-    """`module:class` by name, beside those that are installed."""
-
-
-def host_options(options: ServerOptions) -> HostOptions:
-    """What the command line says about execution."""
-    directory = options.backend_directory
-    defaults = {setting.key: HostKind(setting.value) for setting in options.default_host}
-    return HostOptions(
-        backend_directories=[Path(directory)] if directory else [],
-        cpu_for_missing_gpu=options.allow_cpu_fallback,
-        memory_limits={limit.device: limit.num_bytes or limit.fraction for limit in options.memory_limit},
-        supervision=SupervisionPolicy(
-            max_restarts=options.host_restart_limit,
-            window_s=options.host_restart_window_secs,
-            stopped_timeout_s=options.host_heartbeat_timeout_secs,
-            start_timeout_s=options.host_start_timeout_secs,
-        ),
-        backend_settings=options.backend_options,
-        default_hosts=defaults,
-        simulated_gpu_bytes=options.simulated_device,
-    )
+__all__ = ["HostOptions", "ModelHosts", "host_options"]
 
 
 class ModelHosts:
@@ -89,7 +46,9 @@ class ModelHosts:
         self.runtimes = runtimes or default_runtimes(self.options)
         devices = [device for runtime in self.runtimes for device in runtime.devices()]
         self.machine = Machine(
-            [device.name for device in devices if device.name != "cpu"], self.options.cpu_for_missing_gpu
+            [device.name for device in devices if self._is_usable_gpu(device)],
+            self.options.cpu_for_missing_gpu,
+            cores_of_policies(self.options.host_policies),
         )
         totals = {device.name: device.total_bytes for device in devices}
         self.ledger = Ledger(totals, limits_in_bytes(totals, self.options.memory_limits))
@@ -97,6 +56,10 @@ class ModelHosts:
         self._mailbox: Mailbox | None = None
         self._pool: ProcessPool | None = None
         self._loaded: list[HostedModel] = []
+
+    def _is_usable_gpu(self, device: DeviceInfo) -> bool:
+        capability = float(device.compute_capability or "inf")
+        return device.name != "cpu" and capability >= self.options.min_compute_capability
 
     async def complete_config(self, context: LoadContext) -> ModelConfig:
         source = self._find(context)
@@ -130,6 +93,7 @@ class ModelHosts:
         config = with_explicit_groups(context.config, self.machine)
         context = self._with_backend_options(replace(context, config=config), source)
         wanted = placements(config, self.machine)
+        self._check_load_limits(context.name, {placement.device for placement in wanted})
         needs = declared_memory(config) or backend.memory_needs(context)
         self.ledger.book(memory_entries(context.name, context.version, needs, wanted))
         try:
@@ -140,6 +104,21 @@ class ModelHosts:
         hosted.on_closed = partial(self._forget, hosted, context.name, context.version)
         self._loaded.append(hosted)
         return hosted
+
+    def _check_load_limits(self, model: str, devices: Collection[str]) -> None:
+        """Raises ResourceExhausted for a GPU that is fuller than its limit allows."""
+        for number, limit in self.options.gpu_load_limits.items():
+            device = self.machine.gpus[number] if number < len(self.machine.gpus) else ""
+            if device not in devices:
+                continue
+            runtime = next(r for r in self.runtimes if any(known.name == device for known in r.devices()))
+            [total] = [known.total_bytes for known in runtime.devices() if known.name == device]
+            used = runtime.used_bytes(device) / total
+            if used > limit:
+                raise ResourceExhausted(
+                    f"model '{model}' can't be loaded onto {device}: {used:.0%} of its memory are used, "
+                    f"--model-load-gpu-limit allows {limit:.0%}"
+                )
 
     async def close(self) -> None:
         for hosted in list(self._loaded):

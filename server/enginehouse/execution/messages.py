@@ -123,6 +123,7 @@ class Create(msgspec.Struct, array_like=True, tag=5):
     name: str
     device: str
     group: int
+    cpu_cores: tuple[int, ...] = ()
 
 
 class Close(msgspec.Struct, array_like=True, tag=6):

@@ -6,8 +6,8 @@ instance `<group>_<index>`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from enginehouse.backend import Placement
 from enginehouse.config.schema import ModelConfig, ModelInstanceGroup
@@ -28,6 +28,8 @@ class Machine:
 
     gpus: Sequence[str] = ()
     cpu_for_missing_gpu: bool = False
+    cores_by_policy: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """CPU cores by host policy; groups that name none have the policies "cpu", "gpu_<id>" and "model"."""
 
 
 def with_explicit_groups(config: ModelConfig, machine: Machine, gpu_capable: bool = True) -> ModelConfig:
@@ -77,8 +79,13 @@ def placements(config: ModelConfig, machine: Machine) -> list[Placement]:
         devices = _devices(group, machine)
         for index in range(group.count * len(devices)):
             device = devices[index // group.count]
-            placed.append(Placement(f"{group.name}_{index}", device, number, group.passive))
+            cores = machine.cores_by_policy.get(group.host_policy or _default_policy(device, machine), ())
+            placed.append(Placement(f"{group.name}_{index}", device, number, group.passive, cores))
     return placed
+
+
+def _default_policy(device: str, machine: Machine) -> str:
+    return f"gpu_{machine.gpus.index(device)}" if device in machine.gpus else device
 
 
 def _devices(group: ModelInstanceGroup, machine: Machine) -> Sequence[str]:

@@ -306,6 +306,7 @@ class HostProcess:
                 placement.name,
                 self.local_device or placement.device,
                 placement.group,
+                placement.cpu_cores,
             ),
             tenant.model.policy.start_timeout_s,
         )

@@ -25,6 +25,7 @@ from enginehouse.backend import (
 )
 from enginehouse.execution.answering import RunningBatch
 from enginehouse.execution.contract import Batch, ExecutionTimes, HostHealth, HostState
+from enginehouse.execution.host_policy import run_on
 from enginehouse.execution.joiners import joiner_of
 from enginehouse.execution.joining import Joiner
 from enginehouse.execution.mailbox import Mailbox
@@ -102,6 +103,7 @@ class ThreadInstance:
     def _work(self) -> None:
         post = self._model.mailbox.post
         try:
+            run_on(self.placement.cpu_cores)
             self.instance = self._model.model.create_instance(self.placement)
         except BaseException as problem:
             post(self._started.set_exception, as_error(problem))

@@ -37,6 +37,7 @@ from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution import messages as m
 from enginehouse.execution.backends import BackendSource
+from enginehouse.execution.host_policy import run_on
 from enginehouse.execution.joiners import joiner_of
 from enginehouse.execution.refs import request_of, response_ref, tensor_of, tensors_bytes, write_tensors
 from enginehouse.execution.running import Nanoseconds, Outcome, as_error, run_requests, run_tensors
@@ -138,7 +139,8 @@ class WorkerInstance:
         self._worker = worker
         self.loaded = loaded
         self._slot = message.slot
-        placement = Placement(message.name, message.device, message.group)
+        run_on(message.cpu_cores)
+        placement = Placement(message.name, message.device, message.group, cpu_cores=message.cpu_cores)
         self.instance: Instance = loaded.model.create_instance(placement)
         self.jobs: SimpleQueue[Callable[[], None] | None] | None = None
 

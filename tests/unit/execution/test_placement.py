@@ -75,3 +75,11 @@ def test_explicit_groups_stay_as_they_are() -> None:
     config = text_format.Parse('name: "m" instance_group [{ count: 2 }]', ModelConfig())
     once = with_explicit_groups(config, TWO_GPUS)
     assert with_explicit_groups(once, TWO_GPUS) == once
+
+
+def test_host_policies_give_instances_their_cores() -> None:
+    machine = Machine(["cuda:0"], cores_by_policy={"cpu": (0,), "gpu_0": (1, 2), "mine": (3,)})
+    text = "instance_group [{ kind: KIND_CPU }, { kind: KIND_GPU }, { kind: KIND_CPU host_policy: 'mine' }]"
+    config = text_format.Parse(f'name: "m" {text}', ModelConfig())
+    placed = placements(with_explicit_groups(config, machine), machine)
+    assert [placement.cpu_cores for placement in placed] == [(0,), (1, 2), (3,)]
