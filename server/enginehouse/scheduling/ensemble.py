@@ -5,6 +5,7 @@ The scheduler only keeps count; what a request does is in `ensemble_run`, the gr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from enginehouse.config.schema import ModelConfig
@@ -16,6 +17,8 @@ from enginehouse.scheduling.ensemble_graph import EnsembleGraph
 from enginehouse.scheduling.ensemble_run import EnsembleRun, StepGate
 from enginehouse.scheduling.in_flight import InFlight, cancelled, stopped
 from enginehouse.types import InferRequest, InferResponse
+
+logger = logging.getLogger("enginehouse.scheduling.ensemble")
 
 
 class EnsembleScheduler:
@@ -36,6 +39,12 @@ class EnsembleScheduler:
         self.submit_step = submit
         self.lookup = lookup
         self.clock = clock or LoopClock()
+        if self.graph.max_inflight_requests:
+            logger.info(
+                "Ensemble model '%s' configured with max_inflight_requests: %s",
+                config.name,
+                self.graph.max_inflight_requests,
+            )
         self.gate = StepGate(self.graph.max_inflight_requests)
         self.is_decoupled = config.model_transaction_policy.decoupled
         self.version = str(version)

@@ -134,6 +134,10 @@ class SequenceScheduler:
             self._settle(sequence)
 
     async def drain(self) -> None:
+        """Nothing more comes: a sequence that waits for its client only keeps others from their slots."""
+        for sequence in self._book.sequences:
+            self._book.close(sequence)
+            self._finish_if_over(sequence)
         await self._in_flight.drained()
 
     def close(self) -> None:

@@ -149,7 +149,7 @@ def test_old_batches_are_forgotten() -> None:
     cost = learned(0.005, 0.0001)
     for size in (10, 50, 100, 400) * 100:
         cost.learn(size, 0.001 + 0.0002 * size)
-    assert cost.line == pytest.approx((0.001, 0.0002), rel=1e-2)
+    assert cost.line == pytest.approx((0.001, 0.0002), rel=3e-2)
 
 
 def test_little_and_uniform_experience_is_no_line() -> None:
@@ -172,3 +172,12 @@ def test_overhead_and_slope_are_never_negative(batches: list[tuple[int, float]])
     overhead_s, slope = cost.line or (0.0, 0.0)
     assert overhead_s >= -1e-9
     assert slope >= 0
+
+
+def test_a_machine_that_others_disturb_does_not_look_like_overhead() -> None:
+    rng = random.Random(4)
+    cost = BatchCost()
+    for _ in range(400):
+        size = rng.randint(8, 500)
+        cost.learn(size, 0.00025 * size * rng.uniform(0.8, 2.0))
+    assert cost.overhead(64) < 8

@@ -142,4 +142,3 @@ for machine in (DirectMachine, OldestMachine):
     machine.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestDirectMachine = DirectMachine.TestCase
 TestOldestMachine = OldestMachine.TestCase
-

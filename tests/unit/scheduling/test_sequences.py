@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -375,6 +376,19 @@ def test_close_refuses_everything_that_waits(config: ModelConfig) -> None:
     assert all(answer.error for answer in answers)
     assert rig.scheduler.num_in_flight == 0
     assert rig.clock.num_timers == 0
+
+
+@pytest.mark.asyncio
+async def test_drain_gives_the_slots_of_quiet_sequences_to_those_that_wait() -> None:
+    rig = rig_of(sequence_config("direct {}", max_batch_size=1))
+    rig.send(1, correlation_id=1, start=True)
+    rig.run_all()
+    waiting = rig.send(2, correlation_id=2, start=True)
+    draining = asyncio.ensure_future(rig.scheduler.drain())
+    await asyncio.sleep(0)
+    rig.run_all()
+    await draining
+    assert waiting.values() == [[2]]
 
 
 # --- implicit state
