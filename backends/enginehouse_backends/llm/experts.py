@@ -16,6 +16,7 @@ from enginehouse_backends.llm.layers import Build, Value
 from enginehouse_backends.llm.models.llama import Mlp
 from enginehouse_backends.llm.program import NotNative, Symbol
 from enginehouse_backends.llm.quantization.loading import read_plain
+from enginehouse_backends.llm.row_operations import ACTIVATIONS, TritonRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ class Experts(Mlp):
         if isinstance(x, Symbol):
             raise NotNative("mixture of experts")
         chosen, weights = self.route(x)
-        out = self._grouped(x, chosen, weights) if x.is_cuda else self._one_by_one(x, chosen, weights)
+        grouped = isinstance(self._build.rows, TritonRows) and ACTIVATIONS.get(self._activation) != "gelu"
+        out = self._grouped(x, chosen, weights) if grouped else self._one_by_one(x, chosen, weights)
         return self._build.group.all_reduce(out)
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,14 +92,13 @@ class Experts(Mlp):
     def _grouped(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         from enginehouse_backends.llm.kernels.triton_experts import ExpertWeights, run_experts
 
-        return run_experts(x, chosen, weights, ExpertWeights(self.gate_up, self.down, self._activation))
+        return run_experts(x, chosen, weights, ExpertWeights(self.gate_up, self.down, ACTIVATIONS[self._activation]))
 
     def _one_by_one(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
             tokens, place = (chosen == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(x[tokens], self.gate_up[expert]).chunk(2, -1)
-            inner = (F.silu(gate) if self._activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+            inner = self._build.rows.gate(F.linear(x[tokens], self.gate_up[expert]), self._activation)
             result = F.linear(inner, self.down[expert]) * weights[tokens, place, None]
             out.index_add_(0, tokens, result.to(out.dtype))
         return out

@@ -21,6 +21,7 @@ from enginehouse_backends.llm.checkpoint import Checkpoint
 from enginehouse_backends.llm.parallel_group import ParallelGroup
 from enginehouse_backends.llm.program import NotNative, Symbol
 from enginehouse_backends.llm.rope import rope_table
+from enginehouse_backends.llm.row_operations import RowOperations, TorchRows
 
 Value: TypeAlias = torch.Tensor | Symbol
 
@@ -101,6 +102,7 @@ class Build:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: ParallelGroup = field(default_factory=ParallelGroup)
+    rows: RowOperations = field(default_factory=TorchRows)
     max_positions: int = 0
     """Longest context served: rotary tables reach so far. 0 is the architecture's."""
     on_loaded: Callable[[int], None] = lambda num_bytes: None
@@ -201,12 +203,12 @@ class RmsNorm(Layer):
     def __call__(self, x: Value) -> Value:
         if isinstance(x, Symbol):
             return x.program.add("rms_norm", self.width, (x,), {"epsilon": self.epsilon}, {"weight": self.weight})
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
-        return (wide * scale * self.weight).to(x.dtype)
+        return self._build.rows.rms_norm(x, self.weight, self.epsilon)
 
     def add(self, x: Value, residual: Value) -> tuple[Value, Value]:
-        """(norm of the sum, the sum)."""
+        """(norm of the sum, the sum). `residual` is used up."""
+        if isinstance(x, torch.Tensor) and isinstance(residual, torch.Tensor):
+            return self._build.rows.add_rms_norm(x, residual, self.weight, self.epsilon)
         total = add(x, residual)
         return self(total), total
 
@@ -272,20 +274,13 @@ class Head(Layer):
 class GatedActivation(Layer):
     """[rows, 2 n] → [rows, n]: activation of the first half times the second half."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, build: Build, kind: str) -> None:
+        self._build, self.kind = build, kind
 
     def __call__(self, x: Value) -> Value:
         if isinstance(x, Symbol):
             return x.program.add(f"gated_{self.kind}", x.width // 2, (x,))
-        gate, up = x.chunk(2, dim=-1)
-        if self.kind == "silu":
-            return F.silu(gate) * up
-        if self.kind in ("gelu_pytorch_tanh", "gelu_new", "gelu_tanh"):
-            return F.gelu(gate, approximate="tanh") * up
-        if self.kind == "gelu":
-            return F.gelu(gate) * up
-        raise NotImplementedError(f"activation '{self.kind}'")
+        return self._build.rows.gate(x, self.kind)
 
 
 class AttentionLayer(Layer):

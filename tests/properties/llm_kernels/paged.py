@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from enginehouse_backends.llm.attention.triton_paged import SequencePlaces
 from enginehouse_backends.llm.kernels.triton_rope import PagedKv
 
 
@@ -16,8 +17,8 @@ class Sequences:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
     cache: PagedKv
-    block_tables: torch.Tensor
-    seq_lens: torch.Tensor
+    places: SequencePlaces
+    """Rows of the block table are in another order than the sequences. `query_starts` is the test's to set."""
 
 
 def arena_views(
@@ -68,4 +69,9 @@ def scatter_sequences(
             value_view[page, offset] = value[token]
         keys.append(key.float() * key_scale)
         values.append(value.float() * value_scale)
-    return Sequences(keys, values, cache, tables, torch.tensor(lengths, dtype=torch.int32))
+    rows = torch.randperm(len(lengths))
+    table = torch.empty_like(tables)
+    table[rows] = tables
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    places = SequencePlaces(starts, torch.tensor(lengths, dtype=torch.int32), rows.int(), table)
+    return Sequences(keys, values, cache, places)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,11 +25,10 @@ from .references import attention, relative_error
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
-def _plan(sequences: Sequences, query_lens: list[int], group: int, rows: int = 32) -> PrefillPlan:
+def _plan(query_lens: list[int], group: int, rows: int = 32) -> PrefillPlan:
     tokens_per_tile = query_tokens_per_tile(group, rows)
     tiles = torch.tensor([*prefill_tiles(query_lens, tokens_per_tile), PADDING_TILE], dtype=torch.int32)
-    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
-    return PrefillPlan(tiles, starts, sequences.seq_lens, sequences.block_tables, tokens_per_tile)
+    return PrefillPlan(tiles, tokens_per_tile)
 
 
 def _expected(sequences: Sequences, query: torch.Tensor, query_lens: list[int], shape: AttentionShape) -> torch.Tensor:
@@ -49,7 +49,8 @@ def _prefill_error(
     _, num_kv_heads, head_dim = sequences.keys[0].shape
     query = torch.randn(sum(query_lens), num_kv_heads * group, head_dim).to(dtype)
     out = torch.full_like(query.flatten(1), float("nan"))
-    prefill_attention(query.flatten(1), sequences.cache, out, _plan(sequences, query_lens, group), shape)
+    places = replace(sequences.places, query_starts=torch.tensor([0, *query_lens]).cumsum(0).int())
+    prefill_attention(query.flatten(1), sequences.cache, out, places, _plan(query_lens, group), shape)
     return relative_error(out.view_as(query), _expected(sequences, query, query_lens, shape))
 
 
@@ -92,11 +93,11 @@ def _decode_error(
     num_sequences, num_heads = len(sequences.keys), num_kv_heads * group
     query = torch.randn(num_sequences, num_heads, head_dim).to(dtype)
     out = torch.full_like(query.flatten(1), float("nan"))
-    workspace = DecodeWorkspace.allocate(num_sequences, num_heads, num_splits, head_dim, query.device)
+    workspace = DecodeWorkspace.allocate(num_sequences + 1, num_heads, num_splits, head_dim, query.device)
     workspace.out.fill_(float("nan"))
     workspace.log_sum.fill_(float("nan"))
-    lens, tables = sequences.seq_lens, sequences.block_tables
-    decode_attention(query.flatten(1), sequences.cache, out, lens, tables, shape, workspace, num_splits)
+    order = torch.tensor([*torch.randperm(num_sequences).tolist(), -1], dtype=torch.int32)
+    decode_attention(query.flatten(1), sequences.cache, out, sequences.places, order, shape, workspace, num_splits)
     return relative_error(out.view_as(query), _expected(sequences, query, [1] * num_sequences, shape))
 
 

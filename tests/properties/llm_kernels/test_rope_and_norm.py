@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from enginehouse_backends.llm.kernels.triton_elementwise import gated_activation, rms_norm
-from enginehouse_backends.llm.kernels.triton_rope import HeadNorm, PagedKv, rope_and_write
+from enginehouse_backends.llm.kernels.triton_rope import HeadNorm, PagedKv, TokenPlaces, rope_and_write
 
 from . import references
 from .paged import arena_views
@@ -21,6 +21,24 @@ def _cos_sin(num_positions: int, rotary_dim: int) -> torch.Tensor:
     inverse = 10_000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
     angles = torch.arange(num_positions)[:, None] * inverse
     return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def _places(positions: torch.Tensor, blocks: torch.Tensor, block_tokens: int) -> TokenPlaces:
+    """Each token is a sequence of its own whose block at its position is the given one."""
+    count = len(positions)
+    rows = torch.randperm(count)
+    table = torch.full((count, int(positions.max()) // block_tokens + 1), 2**30, dtype=torch.int32)
+    table[rows, positions.long() // block_tokens] = blocks.int()
+    return TokenPlaces(positions, torch.arange(count, dtype=torch.int32), rows.int(), table)
+
+
+def test_without_a_table_nothing_is_turned() -> None:
+    key_view, value_view = arena_views(3, 1, 4, 1, 16, torch.float32)[0]
+    qkv, out = torch.randn(2, 48), torch.empty(2, 16)
+    places = _places(torch.tensor([5, 2], dtype=torch.int32), torch.tensor([2, 0]), 4)
+    rope_and_write(qkv, out, PagedKv(key_view, value_view), places, None, num_query_heads=1)
+    assert torch.equal(out, qkv[:, :16])
+    assert torch.equal(key_view[[2, 0], [1, 2], 0], qkv[:, 16:32])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -43,15 +61,16 @@ def test_rope_and_write(
     untouched = key_view.clone()
     qkv = torch.randn(num_tokens, (query_heads + 2 * kv_heads) * head_dim).to(dtype)
     positions = torch.randint(0, 500, (num_tokens,), dtype=torch.int32)
-    slots = torch.randperm(num_pages * block_tokens)[:num_tokens].to(torch.int64)
-    slots[4] = -1
+    blocks = torch.randperm(num_pages)[:num_tokens]
+    places = _places(positions, blocks, block_tokens)
+    places.token_sequences[4] = -1
     cos_sin = _cos_sin(500, rotary_dim)
     norm = None
     if with_norm:
         norm = HeadNorm(torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype), 1e-6, 1.0)
     query_out = torch.full((num_tokens, query_heads * head_dim), float("nan"), dtype=dtype)
     rope_and_write(
-        qkv, query_out, PagedKv(key_view, value_view), positions, slots, cos_sin,
+        qkv, query_out, PagedKv(key_view, value_view), places, cos_sin,
         num_query_heads=query_heads, norm=norm, interleaved=interleaved,
     )  # fmt: skip
 
@@ -64,27 +83,27 @@ def test_rope_and_write(
     expected_query = references.rope(query, positions, cos_sin, interleaved)
     expected_key = references.rope(key, positions, cos_sin, interleaved)
     assert relative_error(query_out.view_as(query), expected_query) < TOLERANCE[dtype]
-    written = slots >= 0
-    block, offset = slots[written] // block_tokens, slots[written] % block_tokens
+    written = torch.arange(num_tokens) != 4
+    block, offset = blocks[written], positions.long()[written] % block_tokens
     assert relative_error(key_view[block, offset], expected_key[written]) < TOLERANCE[dtype]
     assert torch.equal(value_view[block, offset], value[written])
     key_view[block, offset] = untouched[block, offset]
     assert torch.equal(key_view.float().nan_to_num(7.0), untouched.float().nan_to_num(7.0)), (
-        "a page or slot outside `slots` was written"
+        "something beside the tokens' places was written"
     )
 
 
 def test_fp8_write_stores_the_nearest_value() -> None:
     key_view, value_view = arena_views(5, 1, 4, 1, 16, torch.float8_e4m3fn)[0]
     qkv = torch.randn(4, 3 * 16) * 200
-    slots = torch.tensor([0, 7, 12, 19])
+    blocks = torch.tensor([0, 4, 3, 1])
     cos_sin = torch.cat([torch.ones(1, 8), torch.zeros(1, 8)], 1)
     rope_and_write(
-        qkv, torch.empty(4, 16), PagedKv(key_view, value_view, 0.5, 0.25), torch.zeros(4, dtype=torch.int32),
-        slots, cos_sin, num_query_heads=1,
+        qkv, torch.empty(4, 16), PagedKv(key_view, value_view, 0.5, 0.25),
+        _places(torch.zeros(4, dtype=torch.int32), blocks, 4), cos_sin, num_query_heads=1,
     )  # fmt: skip
     for view, expected in ((key_view, qkv[:, 16:32] / 0.5), (value_view, qkv[:, 32:] / 0.25)):
-        stored = view[slots // 4, slots % 4, 0]
+        stored = view[blocks, 0, 0]
         assert torch.equal(stored.float(), expected.clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 

@@ -34,15 +34,25 @@ class AttentionShape:
 class PrefillPlan:
     """Device tensors of one step's prefill, made from `tiles.prefill_tiles`.
 
-    tiles: [programs, 2] int32 · query_starts: [sequences + 1] int32 · seq_lens: [sequences] int32, cached
-    tokens including this step's · block_tables: [sequences, blocks] int32.
+    tiles: [programs, 2] int32.
     """
 
     tiles: torch.Tensor
+    tokens_per_tile: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequencePlaces:
+    """Where a step's sequences are, on the device: all int32.
+
+    query_starts: [sequences + 1] · seq_lens: [sequences] cached tokens including this step's · table_rows:
+    [sequences] each one's row of the block table · block_table: [rows, blocks].
+    """
+
     query_starts: torch.Tensor
     seq_lens: torch.Tensor
-    block_tables: torch.Tensor
-    tokens_per_tile: int
+    table_rows: torch.Tensor
+    block_table: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +77,12 @@ class DecodeWorkspace:
 
 
 def prefill_attention(
-    query: torch.Tensor, cache: PagedKv, out: torch.Tensor, plan: PrefillPlan, shape: AttentionShape
+    query: torch.Tensor,
+    cache: PagedKv,
+    out: torch.Tensor,
+    places: SequencePlaces,
+    plan: PrefillPlan,
+    shape: AttentionShape,
 ) -> None:
     """query, out: [tokens, query heads * head_dim], tokens of all sequences after each other."""
     _, block_tokens, num_kv_heads, head_dim = cache.key.shape
@@ -81,12 +96,13 @@ def prefill_attention(
         cache.value,
         out,
         plan.tiles,
-        plan.query_starts,
-        plan.seq_lens,
-        plan.block_tables,
+        places.query_starts,
+        places.seq_lens,
+        places.table_rows,
+        places.block_table,
         query.stride(0),
         out.stride(0),
-        plan.block_tables.stride(0),
+        places.block_table.stride(0),
         *cache.key.stride()[:3],
         shape.scale * cache.key_scale,
         shape.softcap,
@@ -116,20 +132,23 @@ def decode_attention(
     query: torch.Tensor,
     cache: PagedKv,
     out: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_tables: torch.Tensor,
+    places: SequencePlaces,
+    sequences: torch.Tensor,
     shape: AttentionShape,
     workspace: DecodeWorkspace,
     num_splits: int,
 ) -> None:
-    """query, out: [sequences, query heads * head_dim]; one token each, its own key is cached already.
+    """query, out: [tokens, query heads * head_dim]; keys of the step are cached already.
 
-    A sequence of length 0 is padding: its row becomes zeros and no block of it is read.
+    sequences: [programs] int32, those with one query token each; negative for padding, whose rows of `out` stay
+    as they are.
     """
     _, block_tokens, num_kv_heads, head_dim = cache.key.shape
-    num_sequences, num_heads = query.shape[0], query.shape[1] // head_dim
+    num_sequences, num_heads = sequences.shape[0], query.shape[1] // head_dim
     group = num_heads // num_kv_heads
     block_head = triton.next_power_of_2(head_dim)
+    if num_sequences == 0:
+        return
     decode_kernel[(num_sequences, num_kv_heads, num_splits)](
         query,
         cache.key,
@@ -137,11 +156,14 @@ def decode_attention(
         out,
         workspace.out,
         workspace.log_sum,
-        seq_lens,
-        block_tables,
+        sequences,
+        places.query_starts,
+        places.seq_lens,
+        places.table_rows,
+        places.block_table,
         query.stride(0),
         out.stride(0),
-        block_tables.stride(0),
+        places.block_table.stride(0),
         *cache.key.stride()[:3],
         shape.scale * cache.key_scale,
         shape.softcap,
@@ -165,6 +187,8 @@ def decode_attention(
         workspace.out,
         workspace.log_sum,
         out,
+        sequences,
+        places.query_starts,
         out.stride(0),
         HEAD_DIM=head_dim,
         BLOCK_HEAD=block_head,

@@ -21,6 +21,7 @@ from enginehouse_backends.llm.attention.triton_paged import (
     AttentionShape,
     DecodeWorkspace,
     PrefillPlan,
+    SequencePlaces,
     decode_attention,
     prefill_attention,
 )
@@ -34,7 +35,7 @@ from enginehouse_backends.llm.kernels.triton_quantized import (
     fp8_linear,
     quantize_rows,
 )
-from enginehouse_backends.llm.kernels.triton_rope import HeadNorm, PagedKv, rope_and_write
+from enginehouse_backends.llm.kernels.triton_rope import HeadNorm, PagedKv, TokenPlaces, rope_and_write
 from enginehouse_backends.llm.kernels.triton_sampling import SamplingRows, sample
 
 CAPABILITIES = (80, 90, 100)
@@ -124,21 +125,22 @@ def _attention_cases(heads: Heads, cache_dtype: torch.dtype, minimum: int) -> It
     width = heads.kv_heads * heads.group * heads.head_dim
     cache, query, out = _cache(heads, cache_dtype), _bf16(8, width), _bf16(8, width)
     tokens = query_tokens_per_tile(heads.group, rows_per_tile(heads.head_dim))
-    plan = PrefillPlan(_i32(4, 2), _i32(3), _i32(2), _i32(2, 64), tokens)
+    places = SequencePlaces(_i32(9), _i32(8), _i32(8), _i32(8, 64))
+    token_places = TokenPlaces(_i32(8), _i32(8), _i32(8), _i32(8, 64))
+    plan = PrefillPlan(_i32(4, 2), tokens)
     workspace = DecodeWorkspace.allocate(8, heads.kv_heads * heads.group, 8, heads.head_dim, query.device)
     norm = HeadNorm(_f32(heads.head_dim), _f32(heads.head_dim), 1e-6)
     qkv = _bf16(8, (heads.group + 2) * heads.kv_heads * heads.head_dim)
 
     def write(norm: HeadNorm | None) -> None:
-        slots = torch.zeros(8, dtype=torch.int64)
         num_heads = heads.kv_heads * heads.group
         table = _f32(64, heads.head_dim)
-        rope_and_write(qkv, query, cache, _i32(8), slots, table, num_query_heads=num_heads, norm=norm)
+        rope_and_write(qkv, query, cache, token_places, table, num_query_heads=num_heads, norm=norm)
 
     def decode() -> None:
-        decode_attention(query, cache, out, _i32(8), _i32(8, 64), heads.shape, workspace, 8)
+        decode_attention(query, cache, out, places, _i32(8), heads.shape, workspace, 8)
 
-    yield Case(f"prefill, {name}", lambda: prefill_attention(query, cache, out, plan, heads.shape), minimum)
+    yield Case(f"prefill, {name}", lambda: prefill_attention(query, cache, out, places, plan, heads.shape), minimum)
     yield Case(f"decode, {name}", decode, minimum)
     yield Case(f"rope and write, {name}", lambda: write(None), minimum)
     yield Case(f"rope and write with head norms, {name}", lambda: write(norm), minimum)

@@ -100,7 +100,8 @@ def prefill_kernel(
     tiles,
     query_starts,
     seq_lens,
-    block_tables,
+    table_rows,
+    block_table,
     query_stride,
     out_stride,
     block_table_stride,
@@ -157,7 +158,7 @@ def prefill_kernel(
         query_rows,
         row_position,
         row_inside,
-        block_tables + sequence.to(tl.int64) * block_table_stride,
+        block_table + tl.load(table_rows + sequence).to(tl.int64) * block_table_stride,
         key_cache + kv_head * head_stride,
         value_cache + kv_head * head_stride,
         start,
@@ -191,8 +192,11 @@ def decode_kernel(
     out,
     partial_out,
     partial_log_sum,
+    sequences,
+    query_starts,
     seq_lens,
-    block_tables,
+    table_rows,
+    block_table,
     query_stride,
     out_stride,
     block_table_stride,
@@ -213,15 +217,19 @@ def decode_kernel(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Program (sequence, kv head, split): one query token against its share of the cached tokens.
+    """Program (place in `sequences`, kv head, split): one query token against its share of the cached tokens.
 
-    Shares are whole tiles of the length that is in `seq_lens` when the kernel runs, so one captured graph
-    serves every length. partial_out: [sequences, query heads, splits, head] float32; each split is a
-    finished softmax, with its log-sum (base 2) in partial_log_sum.
+    Negative sequences are padding. Shares are whole tiles of the length that is in `seq_lens` when the kernel
+    runs, so one captured graph serves every length. partial_out: [programs, query heads, splits, head] float32;
+    each split is a finished softmax, with its log-sum (base 2) in partial_log_sum.
     """
-    sequence = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(0).to(tl.int64)
+    sequence = tl.load(sequences + index)
+    if sequence < 0:
+        return
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    token = tl.load(query_starts + sequence).to(tl.int64)
     seq_len = tl.load(seq_lens + sequence)
     first = 0
     if WINDOW:
@@ -235,13 +243,13 @@ def decode_kernel(
     columns = tl.arange(0, BLOCK_HEAD)
     head = kv_head * GROUP + rows
     mask = row_inside[:, None] & (columns < HEAD_DIM)[None, :]
-    at = sequence * query_stride + head[:, None] * HEAD_DIM + columns[None, :]
+    at = token * query_stride + head[:, None] * HEAD_DIM + columns[None, :]
     query_rows = tl.load(query + at, mask=mask, other=0.0)
     maximum, total, result = _attend(
         query_rows,
         tl.full([BLOCK_GROUP], 0, tl.int32) + seq_len - 1,
         row_inside,
-        block_tables + sequence * block_table_stride,
+        block_table + tl.load(table_rows + sequence).to(tl.int64) * block_table_stride,
         key_cache + kv_head * head_stride,
         value_cache + kv_head * head_stride,
         start,
@@ -265,11 +273,11 @@ def decode_kernel(
     seen = total > 0.0
     result = result / tl.where(seen, total, 1.0)[:, None]
     if NUM_SPLITS == 1:
-        at = sequence * out_stride + head[:, None] * HEAD_DIM + columns[None, :]
+        at = token * out_stride + head[:, None] * HEAD_DIM + columns[None, :]
         tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
     else:
         num_heads = tl.num_programs(1) * GROUP
-        part = (sequence * num_heads + head) * NUM_SPLITS + split
+        part = (index * num_heads + head) * NUM_SPLITS + split
         tl.store(partial_out + part[:, None] * HEAD_DIM + columns[None, :], result, mask=mask)
         log_sum = tl.where(seen, maximum + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
         tl.store(partial_log_sum + part, log_sum, mask=row_inside)
@@ -280,16 +288,21 @@ def reduce_splits_kernel(
     partial_out,
     partial_log_sum,
     out,
+    sequences,
+    query_starts,
     out_stride,
     HEAD_DIM: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """Program (sequence, query head): the splits' results weighed by their sums; empty ones weigh nothing."""
-    sequence = tl.program_id(0).to(tl.int64)
+    """Program (place in `sequences`, query head): the splits' results by weight; empty ones weigh nothing."""
+    index = tl.program_id(0).to(tl.int64)
+    sequence = tl.load(sequences + index)
+    if sequence < 0:
+        return
     head = tl.program_id(1)
-    row = sequence * tl.num_programs(1) + head
+    row = index * tl.num_programs(1) + head
     splits = tl.arange(0, BLOCK_SPLITS)
     columns = tl.arange(0, BLOCK_HEAD)
     log_sums = tl.load(partial_log_sum + row * NUM_SPLITS + splits, mask=splits < NUM_SPLITS, other=float("-inf"))
@@ -300,5 +313,5 @@ def reduce_splits_kernel(
     result = tl.sum(tl.load(partial_out + part, mask=mask, other=0.0) * weights[:, None], axis=0)
     total = tl.sum(weights, axis=0)
     result = result / tl.where(total > 0.0, total, 1.0)
-    at = out + sequence * out_stride + head * HEAD_DIM + columns
+    at = out + tl.load(query_starts + sequence).to(tl.int64) * out_stride + head * HEAD_DIM + columns
     tl.store(at, result.to(out.dtype.element_ty), mask=columns < HEAD_DIM)

@@ -1,7 +1,7 @@
 """Triton kernel that splits a fused qkv row, norms and rotates queries and keys, and writes the paged cache.
 
 One pass over qkv: rotated queries go to a dense tensor, keys and values to the slots of their tokens. A
-token with a negative slot is padding: its cache write is skipped, so padded graph replays change nothing.
+token of a negative sequence is padding: its cache write is skipped, so padded graph replays change nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def _rope_write_kernel(
     qkv,
     cos_sin,
     positions,
-    slots,
+    token_sequences,
+    table_rows,
+    block_table,
     query_norm,
     key_norm,
     query_out,
@@ -63,6 +65,7 @@ def _rope_write_kernel(
     qkv_stride,
     query_out_stride,
     cos_sin_stride,
+    block_table_stride,
     block_stride,
     token_stride,
     head_stride,
@@ -88,7 +91,8 @@ def _rope_write_kernel(
     head_at = qkv + token * qkv_stride + head * HEAD_DIM
     value = tl.load(head_at + columns, mask=inside, other=0.0).to(tl.float32)
 
-    if is_query | is_key:
+    position = tl.load(positions + token)
+    if (ROTARY_DIM > 0) & (is_query | is_key):
         # Each column is rotated with its partner; both are read, so that one program needs no exchange.
         half = ROTARY_DIM // 2
         if INTERLEAVED:
@@ -112,8 +116,7 @@ def _rope_write_kernel(
             partner_gain = tl.load(norm + partner, mask=inside, other=0.0).to(tl.float32) + norm_offset
             value = (value * scale * gain).to(qkv.dtype.element_ty).to(tl.float32)
             other = (other * scale * partner_gain).to(qkv.dtype.element_ty).to(tl.float32)
-        position = tl.load(positions + token).to(tl.int64)
-        angle_at = cos_sin + position * cos_sin_stride + frequency
+        angle_at = cos_sin + position.to(tl.int64) * cos_sin_stride + frequency
         cosine = tl.load(angle_at, mask=rotated, other=1.0)
         sine = tl.load(angle_at + half, mask=rotated, other=0.0)
         value = value * cosine + tl.where(first, -other, other) * sine
@@ -122,10 +125,12 @@ def _rope_write_kernel(
         at = query_out + token * query_out_stride + head * HEAD_DIM + columns
         tl.store(at, value.to(query_out.dtype.element_ty), mask=inside)
     else:
-        slot = tl.load(slots + token).to(tl.int64)
-        if slot >= 0:
+        sequence = tl.load(token_sequences + token)
+        if sequence >= 0:
             kv_head = (head - NUM_QUERY_HEADS) % NUM_KV_HEADS
-            at = (slot // BLOCK_TOKENS) * block_stride + (slot % BLOCK_TOKENS) * token_stride
+            table_row = tl.load(table_rows + sequence).to(tl.int64)
+            block = tl.load(block_table + table_row * block_table_stride + position // BLOCK_TOKENS)
+            at = block.to(tl.int64) * block_stride + (position % BLOCK_TOKENS) * token_stride
             at += kv_head * head_stride + columns
             if is_key:
                 tl.store(
@@ -141,13 +146,26 @@ def _rope_write_kernel(
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class TokenPlaces:
+    """Where a step's tokens belong, on the device: all int32.
+
+    positions, token_sequences: [tokens]; a negative sequence is padding: nothing is written for it ·
+    table_rows: [sequences] each sequence's row of the block table · block_table: [rows, blocks].
+    """
+
+    positions: torch.Tensor
+    token_sequences: torch.Tensor
+    table_rows: torch.Tensor
+    block_table: torch.Tensor
+
+
 def rope_and_write(
     qkv: torch.Tensor,
     query_out: torch.Tensor,
     cache: PagedKv,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    cos_sin: torch.Tensor,
+    places: TokenPlaces,
+    cos_sin: torch.Tensor | None,
     *,
     num_query_heads: int,
     norm: HeadNorm | None = None,
@@ -155,8 +173,7 @@ def rope_and_write(
 ) -> None:
     """qkv: [tokens, (query + 2 * kv heads) * head_dim] → query_out: [tokens, query heads * head_dim], cache.
 
-    positions, slots: [tokens] integers; slot = block * block_tokens + offset, negative for padding.
-    cos_sin: [positions, rotary_dim] float32, cosines in the first half, sines in the second.
+    cos_sin: [positions, rotary_dim] float32, cosines in the first half, sines in the second; None turns nothing.
     """
     num_tokens = qkv.shape[0]
     if num_tokens == 0:
@@ -164,9 +181,11 @@ def rope_and_write(
     _, block_tokens, num_kv_heads, head_dim = cache.key.shape
     _rope_write_kernel[(num_tokens, num_query_heads + 2 * num_kv_heads)](
         qkv,
-        cos_sin,
-        positions,
-        slots,
+        qkv if cos_sin is None else cos_sin,
+        places.positions,
+        places.token_sequences,
+        places.table_rows,
+        places.block_table,
         qkv if norm is None else norm.query_weight,
         qkv if norm is None else norm.key_weight,
         query_out,
@@ -174,7 +193,8 @@ def rope_and_write(
         cache.value,
         qkv.stride(0),
         query_out.stride(0),
-        cos_sin.stride(0),
+        0 if cos_sin is None else cos_sin.stride(0),
+        places.block_table.stride(0),
         *cache.key.stride()[:3],
         1.0 if norm is None else norm.epsilon,
         0.0 if norm is None else norm.weight_offset,
@@ -183,7 +203,7 @@ def rope_and_write(
         NUM_QUERY_HEADS=num_query_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
-        ROTARY_DIM=cos_sin.shape[1],
+        ROTARY_DIM=0 if cos_sin is None else cos_sin.shape[1],
         BLOCK_TOKENS=block_tokens,
         HEAD_NORM=norm is not None,
         INTERLEAVED=interleaved,

@@ -81,7 +81,7 @@ class GatedMlp(Mlp):
         a = build.architecture
         bias = bool(a.raw.get("mlp_bias", False))
         self.gate_up = Linear(build, gate_up, a.hidden_size, bias, Split.OUTPUTS)
-        self.activation = GatedActivation(a.activation)
+        self.activation = GatedActivation(build, a.activation)
         self.down = Linear(
             build,
             (Part(f"{prefix}.down_proj", a.hidden_size),),
