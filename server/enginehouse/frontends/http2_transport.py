@@ -21,8 +21,9 @@ from enginehouse.frontends import http2_frames as h2
 from enginehouse.frontends.grpc_call import GrpcCall, Method, Unary
 from enginehouse.frontends.grpc_call import Stream as StreamFunction
 from enginehouse.frontends.grpc_delays import GrpcDelays
-from enginehouse.frontends.http2_connection import Headers, Http2Connection, Stream, StreamHandler
+from enginehouse.frontends.http2_connection import Headers, Http2Connection
 from enginehouse.frontends.http2_frames import literal_header
+from enginehouse.frontends.http2_stream import Stream, StreamHandler
 from enginehouse.frontends.restricted_apis import RESTRICTED_PREFIX, Api, RestrictedApis
 from enginehouse.frontends.wire_errors import as_wire_error, grpc_status
 from enginehouse.options import ServerOptions
