@@ -1,6 +1,7 @@
 """Is this request one that the model can take? Checked once, at the border; pure.
 
-Follows the order of Triton's own checks, because the first complaint is the one that clients see. The work
+Follows the order of Triton's own checks, because the first complaint is the one that clients see: it goes
+through inputs from the last to the first, and through outputs by name. The work
 that does not depend on the request is done when the version is loaded.
 """
 
@@ -54,7 +55,7 @@ class RequestChecks:
 
     def check(self, request: InferRequest) -> None:
         """Raises InvalidArgument with Triton's text."""
-        for output in request.requested_outputs:
+        for output in sorted(request.requested_outputs):
             if output not in self._outputs:
                 raise InvalidArgument(f"unexpected inference output '{output}' for model '{self._name}'")
         inputs = request.inputs
@@ -64,8 +65,8 @@ class RequestChecks:
             if name not in self._rules:
                 raise InvalidArgument(f"unexpected inference input '{name}' for model '{self._name}'")
         self._check_batch(request)
-        for name, tensor in inputs.items():
-            self._check_input(request, name, tensor, self._rules[name])
+        for name in reversed(inputs):
+            self._check_input(request, name, inputs[name], self._rules[name])
         if self._reshaped:
             request.inputs = {name: self._reshape(tensor, request) for name, tensor in inputs.items()}
 
@@ -194,12 +195,19 @@ def reshaped(shape: tuple[int, ...], dims: Iterable[int], target: Iterable[int])
     return tuple(next(taken) if dim < 0 else dim for dim in target)
 
 
-def check_string_elements(
-    request: InferRequest, name: str, data: memoryview, num_elements: int, model: str
-) -> None:
+def check_string_elements(request: InferRequest, name: str, data: memoryview, num_elements: int, model: str) -> None:
     """Raises InvalidArgument unless `data` holds exactly that many length-prefixed elements."""
-    offset, end, found = 0, data.nbytes, 0
+    offset, end, found, cut_off = 0, data.nbytes, 0, None
     while offset < end:
+        if end - offset < 4:
+            raise InvalidArgument(
+                of_request(
+                    request,
+                    f"incomplete string length indicator for inference input '{name}' for model '{model}', "
+                    f"expecting 4 bytes but only {end - offset} bytes available. Please make sure the string "
+                    "length indicator is in one buffer.",
+                )
+            )
         if found == num_elements:
             raise InvalidArgument(
                 of_request(
@@ -208,22 +216,12 @@ def check_string_elements(
                     f"'{model}', expecting {num_elements}",
                 )
             )
-        if end - offset < 4:
-            raise InvalidArgument(
-                f"incomplete string length indicator for inference input '{name}', expecting 4 bytes but only "
-                f"{end - offset} bytes available",
-                reason=FailureReason.BACKEND,  # Triton's backends find this; clients see where
-            )
         length = int.from_bytes(data[offset : offset + 4], "little")
         offset += 4
-        if length > end - offset:
-            raise InvalidArgument(
-                f"incomplete string data for inference input '{name}', expecting string of length {length} but "
-                f"only {end - offset} bytes available",
-                reason=FailureReason.BACKEND,
-            )
-        offset += length
         found += 1
+        if length > end - offset:
+            cut_off = (length, end - offset)
+        offset += length
     if found != num_elements:
         raise InvalidArgument(
             of_request(
@@ -231,6 +229,12 @@ def check_string_elements(
                 f"expected {num_elements} string elements for inference input '{name}' for model '{model}', got "
                 f"{found}",
             )
+        )
+    if cut_off is not None:
+        raise InvalidArgument(
+            f"incomplete string data for inference input '{name}', expecting string of length {cut_off[0]} but "
+            f"only {cut_off[1]} bytes available",
+            reason=FailureReason.BACKEND,  # Triton's backends find this; clients see where
         )
 
 
@@ -249,9 +253,7 @@ def _rule(spec: ModelInput) -> _InputRule:
 
 
 def _fits(dims: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    return len(dims) == len(shape) and all(
-        dim in (-1, size) for dim, size in zip(dims, shape, strict=True)
-    )
+    return len(dims) == len(shape) and all(dim in (-1, size) for dim, size in zip(dims, shape, strict=True))
 
 
 def _dims(dims: Iterable[int]) -> str:

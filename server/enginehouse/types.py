@@ -27,8 +27,11 @@ CorrelationId: TypeAlias = int | str
 class DataType(Enum):
     """Names as on the wire; `proto` is the number of ModelConfig's DataType; BYTES has no item size.
 
-    BF16 has no numpy type: its arrays are uint16 holding the raw bits.
+    BF16 has no numpy type: its arrays are uint16 holding the raw bits. INVALID is only in requests that name
+    a type there is none of, until the core refuses them.
     """
+
+    INVALID = ("<invalid>", 0, "V0")
 
     BOOL = ("BOOL", 1, "?")
     UINT8 = ("UINT8", 2, "u1")
@@ -62,6 +65,11 @@ class DataType(Enum):
         return _BY_WIRE_NAME[name]
 
     @classmethod
+    def from_request(cls, name: str) -> DataType:
+        """INVALID for a name that the protocol doesn't have."""
+        return _BY_WIRE_NAME.get(name, cls.INVALID)
+
+    @classmethod
     def from_proto(cls, number: int) -> DataType:
         """Raises KeyError for TYPE_INVALID (0) and unknown numbers."""
         return _BY_PROTO[number]
@@ -73,9 +81,10 @@ class DataType(Enum):
         return DataType.BYTES if kind.kind in "OSU" else _BY_NUMPY[kind]
 
 
-_BY_WIRE_NAME = {member.wire_name: member for member in DataType}
-_BY_PROTO = {member.proto: member for member in DataType}
-_BY_NUMPY = {member.numpy: member for member in DataType if member not in (DataType.BF16, DataType.BYTES)}
+VALID_TYPES = tuple(member for member in DataType if member is not DataType.INVALID)
+_BY_WIRE_NAME = {member.wire_name: member for member in VALID_TYPES}
+_BY_PROTO = {member.proto: member for member in VALID_TYPES}
+_BY_NUMPY = {member.numpy: member for member in VALID_TYPES if member not in (DataType.BF16, DataType.BYTES)}
 
 
 @dataclass(slots=True)

@@ -18,9 +18,9 @@ from enginehouse.execution.joiners import joiner_of
 from enginehouse.scheduling.build import build_scheduler
 from enginehouse.testing.clock import ManualClock
 from enginehouse.testing.instances import Function, GatedInstance
-from enginehouse.types import Array, DataType, InferRequest, InferResponse, Tensor
+from enginehouse.types import VALID_TYPES, Array, DataType, InferRequest, InferResponse, Tensor
 
-NUMERIC = [one for one in DataType if one not in (DataType.BYTES, DataType.BF16)]
+NUMERIC = [one for one in VALID_TYPES if one not in (DataType.BYTES, DataType.BF16)]
 
 
 class Silent:

@@ -84,6 +84,16 @@ def test_unknown_names_are_told_without_the_request_id() -> None:
     assert refusal(checks, request) == "unexpected inference output 'NOPE' for model 'm'"
 
 
+def test_of_two_wrong_inputs_the_last_is_told_and_of_two_wrong_outputs_the_first_by_name() -> None:
+    checks = checks_of(PAIR)
+    request = request_with(A=ints(1, 2), B=ints(1, 2))
+    request.inputs = {name: Tensor(name, DataType.INVALID, (1, 2), memoryview(b"")) for name in "AB"}
+    text = "inference input 'B' data-type is '<invalid>', but model 'm' expects 'INT32'"
+    assert refusal(checks, request) == NOBODY + text
+    request.requested_outputs = ["Z", "Y"]
+    assert refusal(checks, request) == "unexpected inference output 'Y' for model 'm'"
+
+
 def test_too_few_bytes_are_refused() -> None:
     request = request_with(A=ints(1, 2), B=ints(1, 2))
     request.inputs["A"] = Tensor("A", DataType.INT32, (1, 2), memoryview(b"1234"))
@@ -92,6 +102,10 @@ def test_too_few_bytes_are_refused() -> None:
 
 
 TEXT = 'input { name: "T" data_type: TYPE_STRING dims: [2] }'
+CUT_LENGTH = (
+    NOBODY + "incomplete string length indicator for inference input 'T' for model 'm', expecting 4 bytes but only "
+    "2 bytes available. Please make sure the string length indicator is in one buffer."
+)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +120,9 @@ TEXT = 'input { name: "T" data_type: TYPE_STRING dims: [2] }'
             b"\1\0\0\0a\7\0\0\0bc",
             "incomplete string data for inference input 'T', expecting string of length 7 but only 2 bytes available",
         ),
-        (
-            b"\1\0\0\0a\7\0",
-            "incomplete string length indicator for inference input 'T', expecting 4 bytes but only 2 bytes available",
-        ),
+        (b"\1\0\0\0a" * 2 + b"\7\0", CUT_LENGTH),
+        (b"\1\0\0\0a\7\0", CUT_LENGTH),
+        (b"\7\0\0\0a", NOBODY + "expected 2 string elements for inference input 'T' for model 'm', got 1"),
     ],
 )
 def test_string_elements_are_counted(data: bytes, text: str) -> None:

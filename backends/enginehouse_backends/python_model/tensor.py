@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from enginehouse.types import Array, DataType
+from enginehouse.types import VALID_TYPES, Array, DataType
 from enginehouse.types import Tensor as WireTensor
 from enginehouse_backends.python_model.errors import TritonModelException
 
@@ -17,7 +17,7 @@ _NUMPY_BY_NUMBER: dict[int, type[np.generic]] = {
 _NUMBER_BY_NUMPY = {np.dtype(kind): number for number, kind in _NUMPY_BY_NUMBER.items()}
 _DATATYPE_BY_NUMPY = {
     kind: datatype
-    for datatype in DataType
+    for datatype in VALID_TYPES
     if datatype not in (DataType.BF16, DataType.BYTES)
     for kind in (np.dtype(datatype.numpy),)
 }

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 
 from enginehouse.errors import Internal
 from enginehouse.execution.messages import ErrorRef, RequestRef, ResponseRef, TensorRef
-from enginehouse.types import DataType, InferRequest, InferResponse, RequestTimes, Tensor
+from enginehouse.types import VALID_TYPES, DataType, InferRequest, InferResponse, RequestTimes, Tensor
 
-_TYPES = [DataType.BOOL, *sorted(DataType, key=lambda datatype: datatype.proto)]
+_TYPES = [DataType.BOOL, *sorted(VALID_TYPES, key=lambda datatype: datatype.proto)]
 """By their number in the proto; 0 is none."""
 _NUM_TYPES = len(_TYPES)
 

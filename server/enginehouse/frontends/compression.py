@@ -10,6 +10,7 @@ from enginehouse.frontends.http_message import Buffer
 
 SUPPORTED = ("gzip", "deflate")
 _WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_EITHER = 32 + zlib.MAX_WBITS
 _LEVEL = 1
 """Speed first: tensors compress badly, and JSON well at any level."""
 
@@ -45,8 +46,9 @@ def compress(body: Sequence[Buffer], encoding: str) -> bytes:
 
 
 def decompress(body: Buffer, encoding: str, max_bytes: int) -> bytes:
-    """Raises InvalidArgument for what is not that encoding or is larger than `max_bytes` unpacked."""
-    unpacker = zlib.decompressobj(_WINDOW_BITS[encoding])
+    """Which of the two it is, the body itself says. Raises InvalidArgument for what is neither or is larger than
+    `max_bytes` unpacked."""
+    unpacker = zlib.decompressobj(_EITHER)
     try:
         data = unpacker.decompress(body, max_bytes + 1)
         if len(data) > max_bytes:

@@ -33,9 +33,8 @@ def _parse(read: Callable[[bytes], Any], body: Buffer) -> Any:
     except rapidjson.JSONDecodeError as error:
         raise Internal(f"failed to parse the request JSON buffer: {_syntax_text(str(error))}") from None
     except UnicodeDecodeError as error:
-        raise Internal(
-            f"failed to parse the request JSON buffer: Invalid encoding in string. at {error.start}"
-        ) from None
+        # Up to there it may be complete, or wrong; a control character is as wrong in a string as bad UTF-8.
+        return _parse(read, bytes(body[: error.start]) + b"\x01")
     except RecursionError:
         raise nesting_error() from None
 

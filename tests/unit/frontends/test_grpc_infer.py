@@ -84,11 +84,47 @@ async def test_contents_of_another_type_or_beside_raw_ones_are_refused(server: L
         await infer(server, request)
 
 
+def contents(datatype: str, **values: list[Any]) -> ModelInferRequest:
+    request = message("FP32", datatype, [1])
+    for name, given in values.items():
+        getattr(request.inputs[0].contents, name).extend(given)
+    return request
+
+
+def with_parameters(**parameters: int | str) -> ModelInferRequest:
+    request = message("FP32", "FP32", [1], b"\0" * 4)
+    for key, value in parameters.items():
+        entry = request.inputs[0].parameters[key]
+        if isinstance(value, str):
+            entry.string_param = value
+        else:
+            entry.int64_param = value
+    return request
+
+
+@pytest.mark.asyncio
+async def test_a_name_twice_is_told_before_its_data(server: LittleServer) -> None:
+    request = message("FP32", "FP32", [1])
+    request.inputs.add(name="IN")
+    with pytest.raises(InvalidArgument, match="input 'IN' already exists in request"):
+        await infer(server, request)
+
+
 @pytest.mark.parametrize(
     ("request_", "error", "text"),
     [
         (message("FP32", "FP32", [1]), InvalidArgument, "unable to find data for input tensor 'IN'"),
         (message("FP32", "FLOAT", [1], b"\0" * 4), InvalidArgument, "data-type is '<invalid>', but model 'FP32'"),
+        (contents("FLOAT", int_contents=[1]), InvalidArgument, "of type 'INT32', expected datatype '<invalid>'"),
+        (message("FP32", "FLOAT", [1]), InvalidArgument, "unable to find data for input tensor 'IN'"),
+        (with_parameters(shared_memory_offset=0), InvalidArgument, "can not be specified without 'shared_memory_reg"),
+        (with_parameters(shared_memory_byte_size=0), InvalidArgument, "'shared_memory_byte_size' can not be specif"),
+        (with_parameters(shared_memory_region="r"), InvalidArgument, "must be specified along with 'shared_memory_"),
+        (
+            with_parameters(shared_memory_region="r", shared_memory_byte_size=4, shared_memory_offset=-1),
+            InvalidArgument,
+            "Invalid offset for shared memory region: 'r'",
+        ),
         (message("nobody", "FP32", [1], b""), NotFound, "Request for unknown model: 'nobody' is not found"),
         (message("count", "INT32", [1], b"\0" * 4), Unsupported, "ModelInfer RPC doesn't support models"),
     ],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import struct
+import zlib
 from typing import Any
 
 import pytest
@@ -110,6 +112,11 @@ async def test_narrow_integers_wrap_and_negative_unsigned_ones_fail(server: Litt
         (body_of("FP31", [1], data=[1]), 400, "invalid datatype for input IN"),
         (body_of("FP32", [-1], data=[1]), 500, "attempt to access JSON non-unsigned-integer"),
         (body_of("FP32", [1]), 400, "But no field is set"),
+        (b'{"id": "\xff"}', 500, "Invalid encoding in string. at 8"),
+        (b'{"inputs": []} \xff', 500, "The document root must not be followed by other values. at 15"),
+        (b'{"inputs": []}\0\xff', 400, "expected 1 inputs but got 0 inputs"),
+        (body_of("FP32", [1], data=[1], parameters={"shared_memory_offset": 1.5}), 500, "'shared_memory_offset'"),
+        (body_of("FP31", [0], data=[]), 400, "data-type is '<invalid>', but model 'FP32' expects 'FP32'"),
     ],
 )
 @pytest.mark.asyncio
@@ -126,6 +133,19 @@ async def test_a_name_twice_is_refused(server: LittleServer) -> None:
     document["inputs"] *= 2
     status, answer = await infer(server, "FP32", document | {"id": "seven"})
     assert (status, answer["error"]) == (400, "[request id: seven] input 'IN' already exists in request")
+
+
+@pytest.mark.asyncio
+async def test_what_packed_a_body_is_read_from_the_body(server: LittleServer) -> None:
+    body = json.dumps(body_of("FP32", [1], data=[1])).encode()
+    for packed in (gzip.compress(body), zlib.compress(body)):
+        for encoding in ("gzip", "deflate"):
+            reply = await server.http("POST", "/v2/models/FP32/infer", packed, {"Content-Encoding": encoding})
+            assert reply.status == 200
+    reply = await server.http("POST", "/v2/models/FP32/infer", b"", {"Content-Encoding": "gzip"})
+    assert (reply.status, joined(reply)) == (400, b'{"error":"nothing to be decompressed"}')
+    reply = await server.http("POST", "/v2/models/FP32/infer", body, {"Content-Encoding": ""})
+    assert reply.status == 501
 
 
 @pytest.mark.asyncio

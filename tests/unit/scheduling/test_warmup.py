@@ -14,7 +14,7 @@ from enginehouse.execution.contract import Batch
 from enginehouse.request_checks import RequestChecks
 from enginehouse.scheduling.warmup import random_tensor, warm_up, warmup_requests
 from enginehouse.testing.instances import GatedInstance
-from enginehouse.types import DataType
+from enginehouse.types import VALID_TYPES, DataType
 
 from .factories import Observer, config_of
 
@@ -118,7 +118,7 @@ def test_sequence_models_get_their_controls_and_states(tmp_path: Path) -> None:
     assert request.inputs["S_IN"].shape == (1, 2)
 
 
-@pytest.mark.parametrize("datatype", list(DataType))
+@pytest.mark.parametrize("datatype", VALID_TYPES)
 def test_random_values_fill_the_shape_in_every_type(datatype: DataType) -> None:
     tensor = random_tensor("X", datatype, (2, 3))
     assert tensor.datatype is datatype

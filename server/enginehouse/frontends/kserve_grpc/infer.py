@@ -9,12 +9,12 @@ from google.protobuf.message import DecodeError, Message
 
 from enginehouse.config.schema import ModelInferRequest
 from enginehouse.core import Core, ServedVersion
-from enginehouse.errors import Internal, InvalidArgument, Unsupported
+from enginehouse.errors import Internal, Unsupported
 from enginehouse.frontends.grpc_call import GrpcCall
 from enginehouse.frontends.inference import infer_once
-from enginehouse.frontends.kserve_grpc.infer_codec import UnknownDatatype, decode_infer, encode_response
+from enginehouse.frontends.kserve_grpc.infer_codec import decode_infer, encode_response
 from enginehouse.frontends.output_options import OutputOption, OutputOptions
-from enginehouse.frontends.request_parameters import HeaderForwarding, request_text
+from enginehouse.frontends.request_parameters import HeaderForwarding
 from enginehouse.frontends.request_traces import RequestTraces
 from enginehouse.frontends.shared_memory.regions import Regions
 from enginehouse.types import InferRequest
@@ -39,29 +39,17 @@ class InferDecoder:
         self.traces = RequestTraces(core, "GRPC")
 
     def request_of(
-        self, message: ModelInferRequest, served: ServedVersion, options: OutputOptions, call: GrpcCall
+        self, message: ModelInferRequest, options: OutputOptions, call: GrpcCall
     ) -> tuple[InferRequest, bool]:
         """The request, and whether the client wants empty final answers."""
         request = InferRequest(message.model_name, message.model_version)
         request.times.received_ns = call.received_ns or time.monotonic_ns()
         request.deadline_ns = call.deadline_ns
         options.default = OutputOption(binary=True)
-        try:
-            empty_final = decode_infer(message, request, options, self._regions)
-        except UnknownDatatype as error:
-            raise _datatype_error(error, message, served) from None
+        empty_final = decode_infer(message, request, options, self._regions)
         self._forwarding.apply(request, call.metadata)
         self.traces.begin(request, call.metadata)
         return request, empty_final
-
-
-def _datatype_error(error: UnknownDatatype, message: ModelInferRequest, served: ServedVersion) -> InvalidArgument:
-    spec = served.inputs.get(error.input_name)
-    if spec is None:
-        return InvalidArgument(f"unexpected inference input '{error.input_name}' for model '{served.name}'")
-    return InvalidArgument(
-        f"{request_text(message.id)}{error}, but model '{served.name}' expects '{spec.datatype.wire_name}'"
-    )
 
 
 class InferMethod:
@@ -76,7 +64,7 @@ class InferMethod:
             raise Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
         options = OutputOptions()
         try:
-            request, _ = self._decoder.request_of(message, served, options, call)
+            request, _ = self._decoder.request_of(message, options, call)
             return await self._answer(request, options, served)
         finally:
             options.release()

@@ -6,6 +6,7 @@ Raw output bytes are appended to the serialized rest of the message by hand: pro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,12 +44,11 @@ def decode_infer(message: ModelInferRequest, request: InferRequest, options: Out
     request.id = message.id
     empty_final = _read_parameters(message.parameters, request) if message.parameters else False
     inputs = request.inputs
+    _refuse_repeated(message)
     raw = iter(message.raw_input_contents)
     for entry in message.inputs:
         name = entry.name
-        if name in inputs:
-            raise InvalidArgument(f"{request_text(request.id)}input '{name}' already exists in request")
-        datatype = _datatype(entry)
+        datatype = DataType.from_request(entry.datatype)
         if entry.parameters or entry.HasField("contents"):
             data = _input_data(entry, datatype, message, options, regions)
         else:
@@ -70,13 +70,14 @@ def _input_data(
     entry: Any, datatype: DataType, message: ModelInferRequest, options: OutputOptions, regions: Regions
 ) -> memoryview | DeviceData | None:
     """What the entry itself says where its data is; None if that is among the raw contents."""
-    lease = _lease(entry, regions)
-    if lease is not None:
-        options.leases.append(lease)
+    found = _range(entry)
+    if found is not None:
         if entry.HasField("contents"):
             raise InvalidArgument(
                 "unexpected 'content' provided when using shared memory for " + _input_text(entry, message)
             )
+        lease = _lease(found, regions)
+        options.leases.append(lease)
         return lease.view()
     if not entry.HasField("contents"):
         return None
@@ -92,19 +93,12 @@ def _input_text(entry: Any, message: ModelInferRequest) -> str:
     return f"input tensor '{entry.name}' for model '{message.model_name}'"
 
 
-class UnknownDatatype(InvalidArgument):
-    """The core would say what it expects instead; the front end knows that and completes the text."""
-
-    def __init__(self, input_name: str) -> None:
-        super().__init__(f"inference input '{input_name}' data-type is '<invalid>'")
-        self.input_name = input_name
-
-
-def _datatype(entry: Any) -> DataType:
-    try:
-        return DataType.from_wire(entry.datatype)
-    except KeyError:
-        raise UnknownDatatype(entry.name) from None
+def _refuse_repeated(message: ModelInferRequest) -> None:
+    seen = set()
+    for entry in message.inputs:
+        if entry.name in seen:
+            raise InvalidArgument(f"{request_text(message.id)}input '{entry.name}' already exists in request")
+        seen.add(entry.name)
 
 
 def _typed_contents(entry: Any, datatype: DataType, message: ModelInferRequest) -> bytes:
@@ -191,31 +185,42 @@ def _decode_output(output: Any, options: OutputOptions, regions: Regions) -> Out
     option = OutputOption(binary=True)
     if not output.parameters:
         return option
-    lease = _lease(output, regions)
-    if lease is not None:
-        options.leases.append(lease)
-        option.lease = lease
+    found = _range(output)
+    if found is not None:
+        option.lease = _lease(found, regions)
+        options.leases.append(option.lease)
     if "classification" in output.parameters:
         value = output.parameters["classification"]
         if value.WhichOneof("parameter_choice") != "int64_param":
             raise InvalidArgument("invalid value type for 'classification' parameter, expected int64_param")
-        if lease is not None:
+        if found is not None:
             raise InvalidArgument("output can't set both 'shared_memory_region' and 'classification'")
-        if value.int64_param < 0:
-            raise InvalidArgument(f"invalid value for 'classification' parameter, got {value.int64_param}")
+        if value.int64_param <= 0:
+            raise InvalidArgument("invalid value for 'classification' parameter, expected >= 0")
         option.num_classes = value.int64_param
     return option
 
 
-def _lease(entry: Any, regions: Regions) -> Lease | None:
-    """The range of shared memory that a tensor's parameters name, or None."""
+@dataclass(slots=True)
+class _Range:
+    """What a tensor's parameters say of shared memory."""
+
+    name: str
+    offset: int
+    num_bytes: int
+
+
+def _range(entry: Any) -> _Range | None:
     parameters = entry.parameters
     if "shared_memory_region" not in parameters:
+        for key in ("shared_memory_offset", "shared_memory_byte_size"):
+            if key in parameters:
+                raise InvalidArgument(
+                    f"'{key}' can not be specified without 'shared_memory_region' parameter for tensor '{entry.name}'"
+                )
         return None
 
     def read(key: str, kind: str) -> Any:
-        if key not in parameters:
-            return 0
         if parameters[key].WhichOneof("parameter_choice") != kind:
             raise InvalidArgument(
                 f"invalid value type for '{key}' parameter for tensor '{entry.name}', expected {kind}."
@@ -223,11 +228,21 @@ def _lease(entry: Any, regions: Regions) -> Lease | None:
         return getattr(parameters[key], kind)
 
     name = read("shared_memory_region", "string_param")
-    offset = read("shared_memory_offset", "int64_param")
-    num_bytes = read("shared_memory_byte_size", "int64_param")
-    if offset < 0 or num_bytes < 0:
-        raise InvalidArgument(f"Invalid offset + byte size for shared memory region: '{name}'")
-    return regions.lease(name, offset, num_bytes)
+    offset = read("shared_memory_offset", "int64_param") if "shared_memory_offset" in parameters else 0
+    if "shared_memory_byte_size" not in parameters:
+        raise InvalidArgument(
+            "'shared_memory_byte_size' must be specified along with 'shared_memory_region' parameter for tensor "
+            f"'{entry.name}'"
+        )
+    return _Range(name, offset, read("shared_memory_byte_size", "int64_param"))
+
+
+def _lease(found: _Range, regions: Regions) -> Lease:
+    if found.offset < 0:
+        raise InvalidArgument(f"Invalid offset for shared memory region: '{found.name}'")
+    if found.num_bytes < 0:
+        raise InvalidArgument(f"Invalid offset + byte size for shared memory region: '{found.name}'")
+    return regions.lease(found.name, found.offset, found.num_bytes)
 
 
 def encode_parameters(parameters: Mapping[str, ParameterValue], into: Any) -> None:

@@ -100,9 +100,7 @@ class _Session:
         try:
             served = await self._core.loaded_model(message.model_name, message.model_version)
             exchange.served = served
-            exchange.request, exchange.empty_final = self._decoder.request_of(
-                message, served, exchange.options, self._call
-            )
+            exchange.request, exchange.empty_final = self._decoder.request_of(message, exchange.options, self._call)
             exchange.request.sink = self._sink(exchange)
             if exchange.in_order:
                 self._ordered.append(exchange)

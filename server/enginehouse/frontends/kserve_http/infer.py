@@ -84,7 +84,7 @@ class InferHandler:
         try:
             body = self._body(http, served)
             header_length = _header_length(http.headers.get(_HEADER_LENGTH), len(body))
-        except _BadHeaderLength as error:
+        except _BadBody as error:
             return error_response(error, TEXT)
         self._decode(http, request, options, served, body, header_length)
         try:
@@ -110,6 +110,8 @@ class InferHandler:
         encoding = http.headers.get("content-encoding")
         if not encoding or encoding == "identity":
             return http.body
+        if not http.body:
+            raise _BadBody("nothing to be decompressed")
         try:
             return decompress(http.body, encoding, JSON_ALLOWANCE * self._max_input_bytes)
         except InvalidArgument as error:
@@ -173,14 +175,14 @@ def _wants_events(http: HttpRequest) -> bool:
 
 
 def _unsupported_encoding(http: HttpRequest) -> HttpResponse | None:
-    if (http.headers.get("content-encoding") or "identity") in ("identity", "gzip", "deflate"):
+    if http.headers.get("content-encoding") in (None, "identity", "gzip", "deflate"):
         return None
     error = Unsupported("Unsupported compression type")
     return HttpResponse(501, TEXT, (error_body(str(error)),), (("Accept-Encoding", "gzip, deflate"),))
 
 
-class _BadHeaderLength(InvalidArgument):
-    pass
+class _BadBody(InvalidArgument):
+    """Found before the JSON is read; goes out as text/plain."""
 
 
 def _header_length(header: str | None, body_length: int) -> int:
@@ -190,7 +192,7 @@ def _header_length(header: str | None, body_length: int) -> int:
     match = _LEADING_NUMBER.match(header)
     length = int(match[1]) if match else 0
     if not 0 <= length <= body_length:
-        raise _BadHeaderLength(f"inference header size should be in range (0, {body_length}), got: {header.strip()}")
+        raise _BadBody(f"inference header size should be in range (0, {body_length}), got: {header.strip()}")
     return length
 
 

@@ -88,8 +88,6 @@ class BodyDecoder:
         request = self.request
         for entry in self._read_head(document):
             tensor = self._input(entry, tail)
-            if tensor.name in request.inputs:
-                raise InvalidArgument(f"{request_text(request.id)}input '{tensor.name}' already exists in request")
             request.inputs[tensor.name] = tensor
         if tail.num_left:
             raise InvalidArgument(f"unexpected additional input data for model '{request.model_name}'")
@@ -133,15 +131,14 @@ class BodyDecoder:
             shape = tuple(map(as_unsigned, as_array(member(entry, "shape"))))
         except JsonTypeError as error:
             raise about("Unable to parse 'shape'", error) from None
-        try:
-            datatype = DataType.from_wire(type_name)
-        except KeyError:
-            raise InvalidArgument(f"invalid datatype for input {name}") from None
+        if name in self.request.inputs:
+            raise InvalidArgument(f"{request_text(self.request.id)}input '{name}' already exists in request")
+        datatype = DataType.from_request(type_name)
         data: memoryview | DeviceData
         if "binary_data_size" in parameters:
             data = self._take_binary(tail, parameters, name)
-        elif "shared_memory_region" in parameters:
-            data = self._lease(parameters).view()
+        elif (found := _range(parameters)) is not None:
+            data = self._lease(found).view()
         else:
             data = memoryview(self._json_data(entry, name, datatype, shape))
         return Tensor(name, datatype, shape, data)
@@ -155,14 +152,8 @@ class BodyDecoder:
             )
         return tail.take(num_bytes)
 
-    def _lease(self, parameters: dict[str, Any]) -> Lease:
-        name = _text_field(parameters, "shared_memory_region")
-        offset = num_bytes = 0
-        if "shared_memory_offset" in parameters:
-            offset = _unsigned_parameter(parameters, "shared_memory_offset")
-        if "shared_memory_byte_size" in parameters:
-            num_bytes = _unsigned_parameter(parameters, "shared_memory_byte_size")
-        lease = self.regions.lease(name, offset, num_bytes)
+    def _lease(self, found: tuple[str, int, int]) -> Lease:
+        lease = self.regions.lease(*found)
         self.options.leases.append(lease)
         return lease
 
@@ -170,6 +161,8 @@ class BodyDecoder:
         num_elements = math.prod(shape)
         if not shape or num_elements == 0:
             return b""
+        if datatype is DataType.INVALID:
+            raise InvalidArgument(f"invalid datatype for input {name}")
         if num_elements > MAX_INT64:
             raise InvalidArgument(
                 f"shape of input '{name}' causes total element count to exceed maximum size of {MAX_INT64}"
@@ -201,8 +194,8 @@ class BodyDecoder:
                 option.num_classes = as_unsigned(parameters["classification"])
             except JsonTypeError as error:
                 raise about("Unable to set 'classification'", error) from None
-        if in_shared_memory:
-            option.lease = self._lease(parameters)
+        if (found := _range(parameters)) is not None:
+            option.lease = self._lease(found)
         elif "binary_data" in parameters:
             try:
                 option.binary = as_bool(parameters["binary_data"])
@@ -231,6 +224,18 @@ def _unsigned_parameter(parameters: dict[str, Any], key: str) -> int:
         return as_unsigned(parameters[key])
     except JsonTypeError as error:
         raise about(f"Unable to parse '{key}'", error) from None
+
+
+def _range(parameters: dict[str, Any]) -> tuple[str, int, int] | None:
+    """The region, offset and size that the parameters name; read even without a region, as types are checked."""
+    region, offset, num_bytes = None, 0, 0
+    if "shared_memory_region" in parameters:
+        region = _text_field(parameters, "shared_memory_region")
+    if "shared_memory_offset" in parameters:
+        offset = _unsigned_parameter(parameters, "shared_memory_offset")
+    if "shared_memory_byte_size" in parameters:
+        num_bytes = _unsigned_parameter(parameters, "shared_memory_byte_size")
+    return None if region is None else (region, offset, num_bytes)
 
 
 def _parameters_of(entry: Any) -> dict[str, Any]:

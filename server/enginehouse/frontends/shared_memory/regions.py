@@ -125,7 +125,7 @@ class Regions:
             raise InvalidArgument(f"Integer overflow detected: byte_size ({num_bytes}) + offset ({offset})")
         if offset >= region.num_bytes:
             raise InvalidArgument(f"Invalid offset for shared memory region: '{name}'")
-        if num_bytes == 0 or offset + num_bytes > region.num_bytes:
+        if not 0 < offset + num_bytes <= region.num_bytes:
             raise InvalidArgument(f"Invalid offset + byte size for shared memory region: '{name}'")
         region.num_leases += 1
         return Lease(region, offset, num_bytes, self._returned)
