@@ -7,3 +7,9 @@ import os
 # Triton decides at its import whether kernels are compiled or interpreted; there is no CUDA device here.
 # tests/gpu is run by itself, with TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from hypothesis import settings  # noqa: E402  # after the environment
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("enginehouse", deadline=None)
+settings.load_profile("enginehouse")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enginehouse.errors import Unavailable
@@ -112,8 +112,9 @@ def test_a_tenants_own_queue_is_bounded() -> None:
     queue.add(ticket_of("b"))
 
 
+@settings(max_examples=40)
 @given(
-    arrivals=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 20)), min_size=40, max_size=120),
+    arrivals=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 20)), min_size=20, max_size=50),
     weights=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)),
 )
 def test_no_tenant_is_ahead_of_another_that_waits_by_more_than_one_request(
@@ -136,6 +137,7 @@ def test_no_tenant_is_ahead_of_another_that_waits_by_more_than_one_request(
         assert max(shares) - min(shares) <= 20
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["add", "cut", "take", "finish"]), st.sampled_from("abc")), max_size=80))
 def test_nothing_is_lost_or_given_out_twice(steps: list[tuple[str, str]]) -> None:
     queue = FairQueue([Tenant("a", max_in_work=2), Tenant("b", 2.0)])

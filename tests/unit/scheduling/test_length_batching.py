@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from enginehouse.scheduling.batch_cost import BatchCost
@@ -94,6 +94,7 @@ def test_nothing_waits_nothing_is_cut() -> None:
     assert LengthBatching(DynamicBatching(4), longest).decide(RequestQueue(), 0) is None
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(1, 3)), min_size=1, max_size=40), st.integers(3, 9))
 def test_every_cut_has_the_head_and_no_more_rows_than_allowed(requests: list[tuple[int, int]], max_rows: int) -> None:
     lengths, rows = zip(*requests, strict=True)
@@ -164,6 +165,7 @@ def test_little_and_uniform_experience_is_no_line() -> None:
     assert cost.seconds(16) == pytest.approx(0.4)
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(0, 2)), min_size=10, max_size=40))
 def test_overhead_and_slope_are_never_negative(batches: list[tuple[int, float]]) -> None:
     cost = BatchCost()
