@@ -8,7 +8,7 @@ import os
 # tests/gpu is run by itself, with TRITON_INTERPRET=0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from hypothesis import settings  # noqa: E402  # after the environment
+from hypothesis import settings
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("enginehouse", deadline=None)
