@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,16 +10,22 @@ import numpy as np
 import pytest
 
 from enginehouse.testing.server import ServerProcess
-from enginehouse_client import Client, ServerError
+from enginehouse_client import AsyncClient, Client, ServerError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "model_repository"
 WANTED = ("add_sub", "identity", "tokenizer")
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
+def server() -> Iterator[ServerProcess]:
     flags = ["--model-control-mode=explicit", *(f"--load-model={name}" for name in WANTED)]
-    with ServerProcess([EXAMPLES], flags) as server, Client(server.http) as connected:
+    with ServerProcess([EXAMPLES], flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[Client]:
+    with Client(server.http) as connected:
         yield connected
 
 
@@ -58,3 +65,19 @@ def test_models_are_listed_loaded_and_unloaded(client: Client) -> None:
     states = {entry["name"]: entry.get("state") for entry in client.models()}
     assert states["identity"] == "READY"
     assert client.statistics("identity")[0]["name"] == "identity"
+
+
+@pytest.mark.asyncio
+async def test_many_requests_at_once_get_each_its_own_answer(server: ServerProcess) -> None:
+    async with AsyncClient(server.http) as client:
+        assert await client.is_ready("identity")
+        rows = [np.full((1, 3), number, np.float32) for number in range(50)]
+        answers = await asyncio.gather(*(client.infer("identity", {"INPUT0": row}) for row in rows))
+    assert all((answer["OUTPUT0"] == row).all() for answer, row in zip(answers, rows, strict=True))
+
+
+@pytest.mark.asyncio
+async def test_the_asyncio_client_raises_the_servers_refusal(server: ServerProcess) -> None:
+    async with AsyncClient(server.http) as client:
+        with pytest.raises(ServerError, match="'nobody' is not found"):
+            await client.metadata("nobody")

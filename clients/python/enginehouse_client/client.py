@@ -9,17 +9,8 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote
 
-from enginehouse_client.tensors import Array, decode, encode
-
-HEADER_LENGTH = "Inference-Header-Content-Length"
-
-
-class ServerError(Exception):
-    """The server's refusal: `status` is HTTP's, the text its own."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+from enginehouse_client.messages import check, infer_message, model_path, outputs_of, stream_message, text_of_line
+from enginehouse_client.tensors import Array
 
 
 class Client:
@@ -43,7 +34,7 @@ class Client:
 
     def is_ready(self, model: str = "", version: str = "") -> bool:
         """Of the server, or of a model."""
-        path = f"{_model_path(model, version)}/ready" if model else "/v2/health/ready"
+        path = f"{model_path(model, version)}/ready" if model else "/v2/health/ready"
         status, _, _ = self._ask("GET", path)
         return status == 200
 
@@ -54,11 +45,11 @@ class Client:
 
     def metadata(self, model: str, version: str = "") -> dict[str, Any]:
         """Inputs and outputs: name, datatype, shape."""
-        found: dict[str, Any] = self._json("GET", _model_path(model, version))
+        found: dict[str, Any] = self._json("GET", model_path(model, version))
         return found
 
     def statistics(self, model: str, version: str = "") -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._json("GET", f"{_model_path(model, version)}/stats")["model_stats"]
+        found: list[dict[str, Any]] = self._json("GET", f"{model_path(model, version)}/stats")["model_stats"]
         return found
 
     def load(self, model: str, config: Mapping[str, Any] | None = None) -> None:
@@ -85,42 +76,27 @@ class Client:
 
         Raises ServerError with the server's own text.
         """
-        encoded = [encode(name, value) for name, value in inputs.items()]
-        request: dict[str, Any] = {
-            "inputs": [entry for entry, _ in encoded],
-            "parameters": {**(parameters or {}), "binary_data_output": True},
-        }
-        if outputs:
-            request["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
-        if request_id:
-            request["id"] = request_id
-        head = json.dumps(request).encode()
-        body = b"".join((head, *(data for _, data in encoded)))
-        headers = {HEADER_LENGTH: str(len(head)), "Content-Type": "application/octet-stream"}
-        status, answer_headers, answer = self._ask("POST", f"{_model_path(model, version)}/infer", body, headers)
-        _check(status, answer)
-        return _outputs(answer, answer_headers)
+        body, headers = infer_message(inputs, outputs, parameters, request_id)
+        status, answer_headers, answer = self._ask("POST", f"{model_path(model, version)}/infer", body, headers)
+        check(status, answer)
+        return outputs_of(answer, answer_headers)
 
     def generate(self, model: str, text: str, **sampling: object) -> str:
         """A language model's text: `client.generate("chat", "Once", max_tokens=20)`."""
         request = {"text_input": text, "exclude_input_in_output": True, **sampling}
-        answer = self._json("POST", f"{_model_path(model)}/generate", request)
+        answer = self._json("POST", f"{model_path(model)}/generate", request)
         return str(answer["text_output"])
 
     def generate_stream(self, model: str, text: str, **sampling: object) -> Iterator[str]:
         """The parts of the text as they are made. Leaving the loop early cancels the generation."""
-        body = json.dumps({"text_input": text, "stream": True, **sampling}).encode()
-        self._connection.request("POST", f"{_model_path(model)}/generate_stream", body)
+        self._connection.request("POST", f"{model_path(model)}/generate_stream", stream_message(text, sampling))
         response = self._connection.getresponse()
         finished = False
         try:
-            _check(response.status, b"" if response.status == 200 else response.read())
+            check(response.status, b"" if response.status == 200 else response.read())
             for line in response:
-                if line.startswith(b"data:"):
-                    event = json.loads(line[5:])
-                    if "error" in event:
-                        raise ServerError(response.status, str(event["error"]))
-                    yield str(event["text_output"])
+                if (part := text_of_line(line, response.status)) is not None:
+                    yield part
             finished = True
         finally:
             if not finished:
@@ -131,7 +107,7 @@ class Client:
     def _json(self, method: str, path: str, body: object | None = None) -> Any:
         data = b"" if body is None else json.dumps(body).encode()
         status, _, answer = self._ask(method, path, data)
-        _check(status, answer)
+        check(status, answer)
         return json.loads(answer) if answer else None
 
     def _ask(
@@ -150,29 +126,3 @@ class Client:
         self._connection.request(method, path, body, dict(headers))
         response = self._connection.getresponse()
         return response.status, dict(response.headers.items()), response.read()
-
-
-def _model_path(model: str, version: str = "") -> str:
-    return f"/v2/models/{quote(model)}" + (f"/versions/{quote(version)}" if version else "")
-
-
-def _check(status: int, answer: bytes) -> None:
-    if status == 200:
-        return
-    try:
-        message = str(json.loads(answer)["error"])
-    except (ValueError, KeyError, TypeError):
-        message = answer.decode(errors="replace") or f"HTTP status {status}"
-    raise ServerError(status, message)
-
-
-def _outputs(answer: bytes, headers: Mapping[str, str]) -> dict[str, Array]:
-    view = memoryview(answer)
-    lowered = {key.lower(): value for key, value in headers.items()}
-    offset = int(lowered.get(HEADER_LENGTH.lower(), len(answer)))
-    outputs: dict[str, Array] = {}
-    for entry in json.loads(answer[:offset]).get("outputs", []):
-        size = entry["parameters"]["binary_data_size"]
-        outputs[entry["name"]] = decode(entry, view[offset : offset + size])
-        offset += size
-    return outputs
