@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import textwrap
 import time
@@ -119,6 +120,11 @@ class TritonPythonModel:
             answers.append(response(int(pb_utils.is_model_ready("double"))))
         return answers
 """,
+    "traced": """
+class TritonPythonModel:
+    def execute(self, requests):
+        return [response(value_of(ask("double", number(r), trace=r.trace()).exec())) for r in requests]
+""",
     "counting": """
 class TritonPythonModel:
     def initialize(self, args):
@@ -181,6 +187,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         write(root / "models" / name / "1" / "factor.txt", str(factor))
         write(root / "models" / name / "config.pbtxt", 'backend: "times"')
     flags = [f"--backend-directory={root / 'backends'}", "--model-control-mode=explicit", "--load-model=*"]
+    flags += [f"--trace-config=triton,file={root / 'trace.json'}", "--trace-config=level=TIMESTAMPS"]
     with ServerProcess([root / "models"], flags) as running:
         yield running
 
@@ -274,6 +281,17 @@ def test_metrics_and_logs_reach_the_server(server: ServerProcess) -> None:
     with urllib.request.urlopen(server.metrics_url, timeout=5) as answer:
         assert 'seen_requests{model="counting"} 2' in answer.read().decode()
     assert '"seen 2"' in server.log
+
+
+def test_a_models_own_request_is_traced_as_its_child(server: ServerProcess, tmp_path: Path) -> None:
+    with grpc.InferenceServerClient(server.grpc) as client:
+        file = Path(client.get_trace_settings(as_json=True)["settings"]["trace_file"]["value"][0])
+        client.update_trace_settings(settings={"trace_rate": "1", "log_frequency": "1"})
+        assert infer(server, "traced", 4) == [8]
+        client.update_trace_settings(settings={"trace_rate": "1000"})
+    entries = [entry for part in sorted(file.parent.glob("trace.json*")) for entry in json.loads(part.read_text())]
+    by_model = {entry["model_name"]: entry for entry in entries if "model_name" in entry}
+    assert by_model["double"]["parent_id"] == by_model["traced"]["id"]
 
 
 def test_an_iterating_model_gets_its_request_again(server: ServerProcess) -> None:

@@ -157,7 +157,8 @@ class InferenceRequest:
 
     def trace(self) -> InferenceTrace:
         if self._trace is None:
-            self._trace = InferenceTrace(self._request.flow)
+            context = json.dumps({"traceparent": self._request.trace}) if self._request.trace else ""
+            self._trace = InferenceTrace(self._request.flow, context)
         return self._trace
 
     def is_cancelled(self) -> bool:

@@ -61,6 +61,7 @@ class RequestRef(msgspec.Struct, array_like=True):
     batch_size: int = 0
     model_name: str = ""
     model_version: str = ""
+    traceparent: str = ""
 
 
 class ResponseRef(msgspec.Struct, array_like=True):

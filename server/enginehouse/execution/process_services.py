@@ -54,6 +54,7 @@ class ServiceDesk:
     def _infer(self, worker: WorkerProcess, message: m.Infer) -> None:
         memory = worker.incoming.open(message.block, message.block_nbytes)
         request = request_of(message.request, memory)
+        request.trace = None
         running = worker.batches.get(message.parent_batch_id)
         if running is not None:
             parent = running.batch.requests[message.parent_index]

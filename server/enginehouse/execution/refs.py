@@ -60,6 +60,7 @@ def request_ref(request: InferRequest, inputs: list[TensorRef]) -> RequestRef:
         request.batch_size,
         request.model_name,
         request.model_version,
+        request.trace.traceparent if hasattr(request.trace, "traceparent") else "",
     )
 
 
@@ -68,7 +69,7 @@ _NO_TIMES = RequestTimes()
 
 
 def request_of(ref: RequestRef, memory: memoryview) -> InferRequest:
-    """Its tensors are views of the block; the sink is the caller's to set."""
+    """Its tensors are views of the block; the sink is the caller's to set; `trace` is the W3C context alone."""
     return InferRequest(
         ref.model_name,
         ref.model_version,
@@ -83,7 +84,7 @@ def request_of(ref: RequestRef, memory: memoryview) -> InferRequest:
         ref.timeout_us,
         ref.deadline_ns,
         ref.tenant,
-        None,
+        ref.traceparent or None,
         None,
         ref.batch_size,
         _NO_TIMES,

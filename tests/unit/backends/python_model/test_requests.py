@@ -59,6 +59,16 @@ def execute(self, requests):
     assert answers[0].outputs[0].numpy().tolist() == [False, True]
 
 
+def test_the_trace_context_can_be_passed_on(tmp_path: Path) -> None:
+    body = """
+def execute(self, requests):
+    contexts = [str(requests[0].trace().get_context()), str(pb_utils.InferenceTrace().get_context())]
+    return [pb_utils.InferenceResponse([pb_utils.Tensor("Y", np.array(contexts, dtype=np.object_))])]
+"""
+    [[response]] = model(tmp_path, body).run([1], trace="00-ab-cd-01")
+    assert response.outputs[0].numpy().tolist() == [b'{"traceparent": "00-ab-cd-01"}', b"None"]
+
+
 # --- the response sender
 
 
