@@ -89,6 +89,7 @@ async def test_a_crash_is_counted_against_the_model_that_ran() -> None:
         for _ in range(2):
             await asyncio.gather(guilty.until_ready(), bystander.until_ready())
             assert "was killed by signal 11" in next(iter((await guilty.run(-2)).texts()))
+            assert bystander.state is HostState.RESTARTING
         assert guilty.state is HostState.FAILED
         await bystander.until_ready()
         assert (bystander.model.health.num_restarts, bystander.state) == (0, HostState.READY)

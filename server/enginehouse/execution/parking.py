@@ -33,9 +33,13 @@ class Parking:
     def _expire(self, key: tuple[str, int]) -> None:
         process = self.take(key)
         if process is not None:
-            task = asyncio.get_running_loop().create_task(process.close())
-            self._ending.add(task)
-            task.add_done_callback(self._ending.discard)
+            self.end(process)
+
+    def end(self, process: HostProcess) -> None:
+        """Ends one that nobody wants after all, without waiting for it."""
+        task = asyncio.get_running_loop().create_task(process.close())
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def close(self) -> None:
         for key in list(self._parked):

@@ -233,7 +233,8 @@ class HostProcess:
             await self._load(worker, tenant)
         except BaseException:
             self.tenants.remove(tenant)
-            await self._unload_quietly(tenant)
+            if self.tenants:
+                await self._unload_quietly(tenant)
             await self.close_if_empty()
             raise
         finally:
@@ -247,6 +248,8 @@ class HostProcess:
         await self.close_if_empty()
 
     async def add_instances(self, tenant: Tenant, instances: Sequence[ProcessInstance]) -> None:
+        if self._restarting is not None:
+            await asyncio.wait([self._restarting])
         worker = await self._running_worker()
         for instance in instances:
             await self._create(worker, tenant, instance)
@@ -378,7 +381,7 @@ class HostProcess:
                 instance.worker = None
             if tenant.model.generative is not None:
                 tenant.model.generative.fail_all(f"{self.name} {how}")
-            verdict_s = tenant.model.on_crash(how) if tenant in suspects else 0.0
+            verdict_s = tenant.model.on_crash(how) if tenant in suspects else tenant.model.on_outage(how)
             if verdict_s is not None:
                 delay_s = max(delay_s, verdict_s)
         if self.tenants and loaded:

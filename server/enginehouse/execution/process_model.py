@@ -156,11 +156,16 @@ class ProcessHostedModel:
         if delay_s is None:
             self.give_up(self._history.surrender_text(how))
             return None
+        self.on_outage(how)
+        return delay_s
+
+    def on_outage(self, how: str) -> float:
+        """A process that it shares has ended through somebody else's fault: nothing is counted."""
         if any(instance.available for instance in self.instances):
             self._set_health(HostState.READY, "")
         else:
             self._set_health(HostState.RESTARTING, f"its process {how}; it starts again")
-        return delay_s
+        return 0.0
 
     def on_restarted(self) -> None:
         self._set_health(HostState.READY, "")

@@ -62,6 +62,8 @@ class ProcessPool:
         if parked is not None and parked.fits(launch, solo):
             parked.name = name
             return parked
+        if parked is not None:
+            self._parking.end(parked)
         return self._new(name, launch, solo, first_segment_bytes(context.config))
 
     def _shared_process(self, key: ProcessKey, launch: Launch) -> HostProcess:
