@@ -162,6 +162,9 @@ class RequestChecks:
             )
         rows = request.batch_size or 1 if batched else 1
         self._check_bytes(request, name, tensor, rows * math.prod(shape))
+        if batched and request.batch_size == 0:
+            # Triton lets it pass, as one row. Beside others in a batch its shape would not hold its bytes.
+            self._refuse(request, "inference request batch-size must be >= 1 for ")
 
     def _check_bytes(self, request: InferRequest, name: str, tensor: Tensor, num_elements: int) -> None:
         if tensor.datatype is DataType.BYTES:

@@ -18,7 +18,7 @@ MAX_HEADERS = 256
 MAX_CHUNKS = 65536
 _MAX_CHUNK_LINE = 4096
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~]+) HTTP/1\.([01])")
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~\x80-\xff]+) HTTP/1\.([01])")
 _HEADER_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*?)[ \t]*")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?")
@@ -99,12 +99,20 @@ def parse_head(head: bytes) -> Request:
         known = _known_lines.get
         fields = [known(line) or _parse_line(line) for line in lines]
     headers = HeaderMap(fields)
-    target = match[2].decode("ascii")
+    target = _text(match[2])
     if not target.startswith("/"):
         target = _ABSOLUTE.sub("", target, count=1) or "/"
     path, _, query = target.partition("?")
     minor = match[3][0] - 48
     return Request(match[1].decode("ascii"), path, query, headers, minor, _keeps_alive(headers, minor))
+
+
+def _text(target: bytes) -> str:
+    """Clients should have escaped what is not ASCII; many names in UTF-8 come without."""
+    try:
+        return target.decode()
+    except UnicodeDecodeError:
+        return target.decode("latin-1")
 
 
 def _keeps_alive(headers: HeaderMap, minor_version: int) -> bool:

@@ -101,7 +101,7 @@ class LogSettings:
                 case "log_file":
                     raise Unsupported(_FILE_IS_FIXED)
                 case "log_verbose_level":
-                    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
                         raise Internal("attempt to access JSON non-unsigned-integer as unsigned-integer")
                 case "log_format":
                     if not isinstance(value, str):

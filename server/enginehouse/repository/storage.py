@@ -74,10 +74,11 @@ class LocalRoot:
     def find(self, name: str) -> Entry | None:
         if Path(name).name != name or name in ("", "..") or not models_in([Entry(name, is_folder=True)]):
             return None
-        if (self.path / name).is_dir():
+        # os.path, because a Path's own question raises for names that no file system takes
+        if os.path.isdir(self.path / name):
             return Entry(name, is_folder=True)
         files = [Entry(name + suffix, is_folder=False) for suffix in FORMAT_BY_SUFFIX]
-        return next((file for file in files if (self.path / file.name).is_file()), None)
+        return next((file for file in files if os.path.isfile(self.path / file.name)), None)
 
     def bring(self, entry: Entry, name: str) -> Brought:
         return Brought(self.path / entry.name if entry.is_folder else self.path)

@@ -7,19 +7,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from enginehouse.testing.server import ServerProcess
-from tests.acceptance.llm.small_models import save_reference, save_tokenizer
+from tests.acceptance.frontends.language_model import save_model
 
-TEMPLATE = (
-    "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
 HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
 GREEDY: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 0}
 
@@ -30,13 +25,6 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     save_model(repository / "tiny")
     with ServerProcess([repository], ["--http-max-input-size=65536"]) as server:
         yield server
-
-
-def save_model(folder: Path) -> None:
-    save_reference("llama", folder)
-    save_tokenizer(folder)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,7 @@ async def test_a_client_that_does_not_read_loses_its_answer(router: Router, engi
         ({"stop": [""]}, "stop: an empty string"),
         ({"logit_bias": {"x": 1}}, "logit_bias: 'x' is no token id"),
         ({"logprobs": 21}, "logprobs: 21 is not between 0 and 20"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids: -1 is no token id"),
+        ({"stop_token_ids": [-1]}, "Expected `int` >= 0 - at `$.stop_token_ids[0]`"),
         ({"stream_options": {"include_usage": True}}, "stream_options: needs stream: true"),
         ({"response_format": {"type": "json_object"}}, "response_format: type 'json_object' is not supported"),
         ({"bad_words": ["x"]}, "refused at once"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Any
 
 from enginehouse.core import Core, IndexEntry
@@ -66,7 +65,7 @@ def _parameters(body: Buffer) -> dict[str, Any]:
 def _decode_file(key: str, text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise InvalidArgument(f"load parameter '{key}' is not valid base64: {error}") from None
 
 

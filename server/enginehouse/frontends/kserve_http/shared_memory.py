@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from typing import Any
 
 from enginehouse.errors import InvalidArgument
@@ -56,7 +55,7 @@ class SharedMemoryHandlers:
         device_id = as_unsigned(member(document, "device_id"))
         try:
             handle = base64.b64decode(encoded, validate=True)
-        except binascii.Error:
+        except ValueError:
             handle = b""
         if len(handle) != cuda.HANDLE_BYTES:
             raise InvalidArgument("'raw_handle' must be a valid base64 encoded cudaIpcMemHandle_t")

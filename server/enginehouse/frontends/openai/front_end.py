@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from enginehouse.core import Core, ServedVersion
-from enginehouse.errors import EnginehouseError
+from enginehouse.errors import EnginehouseError, InvalidArgument
 from enginehouse.frontends.compression import too_large
 from enginehouse.frontends.http1 import Request
 from enginehouse.frontends.http_message import NOT_FOUND, HttpRequest, HttpResponse, Reply, error_response
@@ -67,6 +67,8 @@ class OpenAIFrontEnd:
                 return await handler(http)
             except EnginehouseError as error:
                 return error_reply(error)
+            except OverflowError as error:  # of an integer somewhere in a message or a template's arguments
+                return error_reply(InvalidArgument(f"request body: {error}"))
             except Exception as error:
                 return error_reply(as_wire_error(error))
 

@@ -71,11 +71,11 @@ def _sampling(
         frequency_penalty=_value(_in_range("frequency_penalty", request.frequency_penalty, -2.0, 2.0), 0.0),
         repetition_penalty=_value(_above_zero("repetition_penalty", request.repetition_penalty, None), 1.0),
         logit_bias=_logit_bias(request.logit_bias),
-        allowed_token_ids=_token_ids("allowed_token_ids", request.allowed_token_ids),
+        allowed_token_ids=None if request.allowed_token_ids is None else tuple(request.allowed_token_ids),
         bad_words=tuple(request.bad_words or ()),
         seed=_in_range("seed", request.seed, -(2**63), 2**64 - 1),
         stop=_stops(request.stop),
-        stop_token_ids=_token_ids("stop_token_ids", request.stop_token_ids) or (),
+        stop_token_ids=tuple(request.stop_token_ids or ()),
         include_stop_str_in_output=bool(request.include_stop_str_in_output),
         ignore_eos=bool(request.ignore_eos),
         logprobs=logprobs,
@@ -124,13 +124,6 @@ def _stops(given: str | list[str] | None) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS:
         raise BadField("stop", f"{len(stops)} strings are more than {MAX_STOPS}")
     return stops
-
-
-def _token_ids(name: str, given: list[int] | None) -> tuple[int, ...] | None:
-    for token_id in given or ():
-        if not 0 <= token_id <= _MAX_TOKEN_ID:
-            raise BadField(name, f"{token_id} is no token id")
-    return None if given is None else tuple(given)
 
 
 def _logit_bias(given: dict[str, float] | None) -> dict[int, float]:
