@@ -15,6 +15,7 @@ import grpc as grpcio
 
 from enginehouse.config import schema
 from tests.fuzz import grpc_seeds
+from tests.fuzz.http_seeds import STEADY
 from tests.fuzz.mutations import spoil_message, spoilt_bytes
 from tests.fuzz.report import UNEXPECTED, Report
 
@@ -60,7 +61,7 @@ class GrpcAttack:
     async def _good(self, dice: Random, channel: Any) -> None:
         """Has to be answered rightly, whatever goes on around it."""
         values = struct.pack("<4f", *(dice.random() for _ in range(4)))
-        request = grpc_seeds.floats_of(values).SerializeToString()
+        request = grpc_seeds.floats_of(values, STEADY).SerializeToString()
         try:
             raw = await channel.unary_unary(grpc_seeds.INFER)(request, timeout=_ANSWER_S)
         except grpc.RpcError as error:

@@ -32,8 +32,8 @@ def _infer(model: str, name: str, datatype: str, shape: list[int], raw: bytes = 
     return request
 
 
-def floats_of(values: bytes) -> Any:
-    return _infer("echo", "IN", "FP32", [1, len(values) // 4], values)
+def floats_of(values: bytes, model: str = "echo") -> Any:
+    return _infer(model, "IN", "FP32", [1, len(values) // 4], values)
 
 
 def _floats_raw() -> Any:

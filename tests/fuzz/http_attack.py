@@ -83,10 +83,11 @@ def _good(dice: Random) -> Shot:
         "inputs": [{"name": "IN", "shape": [1, 4], "datatype": "FP32", "parameters": {"binary_data_size": 16}}],
         "outputs": [{"name": "OUT", "parameters": {"binary_data": True}}],
     }
-    seed = http_seeds.Seed("POST", "/v2/models/echo/infer", document, values)
+    path = f"/v2/models/{http_seeds.STEADY}/infer"
+    seed = http_seeds.Seed("POST", path, document, values)
     headers, body = seed.packed(seed.json(), values)
     fields = [(name.encode(), value.encode()) for name, value in headers.items()]
-    return Shot(_message(dice, "POST", b"/v2/models/echo/infer", fields, body), is_framed=True, expected=values)
+    return Shot(_message(dice, "POST", path.encode(), fields, body), is_framed=True, expected=values)
 
 
 def _legal(text: bytes, otherwise: bytes) -> bytes:

@@ -11,6 +11,8 @@ from typing import Any
 
 SHARED_MEMORY_KEY = "/enginehouse_fuzz"
 SHARED_MEMORY_BYTES = 4096
+STEADY = "steady_echo"
+"""A model that no spoilt request names, so that none can unload it: good requests are for it."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 import time
 import urllib.error
@@ -62,6 +63,7 @@ def fuzz(plan: Plan, say: Callable[[str], None]) -> Report:
     report = Report()
     with tempfile.TemporaryDirectory() as folder, _shared_memory():
         save_model(Path(folder) / "tiny")
+        shutil.copytree(MODELS / "echo", Path(folder) / http_seeds.STEADY)
         with ServerProcess([MODELS, Path(folder)], [*FLAGS, *plan.flags]) as server:
             Watch(server, report).run(plan, say)
             if server.stop() != 0:
@@ -120,7 +122,8 @@ class Watch:
         self._post("/v2/trace/setting", off)
         for model in sorted(path.name for path in MODELS.iterdir()):
             self._post(f"/v2/repository/models/{model}/load")
-        self._post("/v2/repository/models/tiny/load")
+        for model in ("tiny", http_seeds.STEADY):
+            self._post(f"/v2/repository/models/{model}/load")
 
     def _post(self, path: str, document: object = None) -> None:
         data = b"" if document is None else json.dumps(document).encode()

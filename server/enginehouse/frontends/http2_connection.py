@@ -22,6 +22,7 @@ from enginehouse.frontends.http2_stream import OUR_WINDOW_BYTES, Stream, StreamH
 OUR_CONNECTION_WINDOW_BYTES = 64 << 20
 OUR_MAX_FRAME_BYTES = 1 << 20
 MAX_HEADER_BLOCK_BYTES = 64 << 10
+MAX_UNREAD_ACKS = 1000
 _JOIN_BYTES = 64 << 10
 _LENGTH = struct.Struct(">I")
 _logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Http2Connection(asyncio.Protocol):
         self._initial_window = h2.DEFAULT_WINDOW_BYTES
         self._last_stream_id = 0
         self._received = 0
+        self._num_unread_acks = 0
         self.streams: dict[int, Stream] = {}
         self.blocked: set[Stream] = set()
         self.waiting: set[Stream] = set()
@@ -213,7 +215,7 @@ class Http2Connection(asyncio.Protocol):
             if len(payload) != 8:
                 raise ProtocolError(Http2Code.FRAME_SIZE_ERROR, "PING of a wrong length")
             if not flags & h2.ACK:
-                self.send(h2.frame(FrameType.PING, h2.ACK, 0, bytes(payload)))
+                self._acknowledge(h2.frame(FrameType.PING, h2.ACK, 0, bytes(payload)))
         elif kind == FrameType.SETTINGS:
             if not flags & h2.ACK:
                 self._take_settings(bytes(payload))
@@ -345,4 +347,11 @@ class Http2Connection(asyncio.Protocol):
                 if not h2.DEFAULT_MAX_FRAME_BYTES <= value < 1 << 24:
                     raise ProtocolError(Http2Code.PROTOCOL_ERROR, f"a largest frame of {value} bytes")
                 self.max_frame_bytes = value
-        self.send(h2.frame(FrameType.SETTINGS, h2.ACK, 0))
+        self._acknowledge(h2.frame(FrameType.SETTINGS, h2.ACK, 0))
+
+    def _acknowledge(self, frame: bytes) -> None:
+        """Refuses a client that asks on and on and reads no answer."""
+        self._num_unread_acks = 0 if self.writable else self._num_unread_acks + 1
+        if self._num_unread_acks > MAX_UNREAD_ACKS:
+            raise ProtocolError(Http2Code.ENHANCE_YOUR_CALM, "too many frames whose answers are not read")
+        self.send(frame)

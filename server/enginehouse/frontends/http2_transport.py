@@ -28,7 +28,7 @@ from enginehouse.frontends.restricted_apis import RESTRICTED_PREFIX, Api, Restri
 from enginehouse.frontends.wire_errors import as_wire_error, grpc_status
 from enginehouse.options import ServerOptions
 
-OK, CANCELLED, UNKNOWN, DEADLINE_EXCEEDED, UNIMPLEMENTED, INTERNAL = 0, 1, 2, 4, 12, 13
+DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = 4, 8, 12, 13
 _RESPONSE_HEADERS = (
     h2.STATUS_200
     + literal_header(b"content-type", b"application/grpc")
@@ -40,6 +40,8 @@ _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _NOT_METADATA = frozenset(
     (b"te", b"content-type", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding", b"host", b"connection")
 )
+MAX_MESSAGE_BYTES = 2**31 - 1
+"""What protobuf can parse, and grpcio's bound where none is set."""
 _MAX_UNREAD = 64
 """Messages of a stream that may wait for their reader before the client is held back."""
 _logger = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class Http2GrpcServer:
                 f"already in use ({error.strerror})"
             ) from None
         self.port = self._listener.sockets[0].getsockname()[1]
+        _logger.info("Started GRPCInferenceService at %s:%s", options.grpc_address, self.port)
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Takes no new calls, lets those in flight end, then cancels them."""
@@ -207,6 +210,9 @@ class _Call:
             incoming += data
             while len(incoming) >= 5 and not self.closed:
                 size = 5 + int.from_bytes(incoming[1:5], "big")
+                if size - 5 > MAX_MESSAGE_BYTES:
+                    self._refuse_large(size - 5)
+                    return
                 if len(incoming) < size:
                     break
                 flag, message = incoming[0], bytes(incoming[5:size])
@@ -225,6 +231,9 @@ class _Call:
             except (zlib.error, ValueError) as error:
                 self.refuse(INTERNAL, f"message can't be decompressed: {error}")
                 return
+            if len(message) > MAX_MESSAGE_BYTES:
+                self._refuse_large(len(message))
+                return
         method = self._method
         assert method is not None, "messages of refused calls are dropped before: a bug"
         if method.unary is None:
@@ -232,6 +241,9 @@ class _Call:
             self._wake()
         elif self._task is None:
             self._task = self._calls.start(self._run_unary(method.unary, message))
+
+    def _refuse_large(self, num_bytes: int) -> None:
+        self.refuse(RESOURCE_EXHAUSTED, f"Received message larger than max ({num_bytes} vs. {MAX_MESSAGE_BYTES})")
 
     def on_end(self) -> None:
         self._ended = True
@@ -349,7 +361,12 @@ def _percent_encoded(message: str) -> bytes:
 def _decompressed(message: bytes, encoding: bytes) -> bytes:
     if not encoding:
         raise ValueError("it is marked as compressed and the call names no encoding")
-    return zlib.decompress(message, 16 + zlib.MAX_WBITS if encoding == b"gzip" else zlib.MAX_WBITS)
+    inflater = zlib.decompressobj(16 + zlib.MAX_WBITS if encoding == b"gzip" else zlib.MAX_WBITS)
+    # One byte more than the bound tells that it was passed, without making the rest.
+    data = inflater.decompress(message, MAX_MESSAGE_BYTES + 1)
+    if not inflater.eof and len(data) <= MAX_MESSAGE_BYTES:
+        raise ValueError("it is cut off")
+    return data
 
 
 def _deadline_ns(value: bytes, now_ns: int) -> int:
