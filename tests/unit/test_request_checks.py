@@ -103,7 +103,7 @@ def test_too_few_bytes_are_refused() -> None:
 
 def test_a_batch_of_none_is_refused_even_with_the_bytes_of_one() -> None:
     request = request_with(A=ints(0, 2), B=ints(0, 2))
-    text = "input byte size mismatch for input 'A' for model 'm'. Expected 8, got 0"
+    text = "input byte size mismatch for input 'B' for model 'm'. Expected 8, got 0"
     assert refusal(checks_of(PAIR), request) == NOBODY + text
     for name in "AB":
         request.inputs[name] = Tensor(name, DataType.INT32, (0, 2), memoryview(bytes(8)))
