@@ -55,14 +55,13 @@ def read_onnx_file(path: Path) -> OnnxFile:
     """Raises InvalidArgument, naming the file, if it is no ONNX model."""
     if path.stat().st_size == 0:
         raise InvalidArgument(f"{path} is empty, not an ONNX model")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        view = memoryview(content)
-        try:
-            return _read_model(view)
-        except (IndexError, ValueError, UnicodeDecodeError) as problem:
-            raise InvalidArgument(f"{path} is not an ONNX model: {problem}") from None
-        finally:
-            view.release()
+    with path.open("rb") as file:
+        # never closed by hand: an error's traceback may still hold views of it; it goes with the last of them
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        return _read_model(memoryview(content))
+    except (IndexError, ValueError, UnicodeDecodeError) as problem:
+        raise InvalidArgument(f"{path} is not an ONNX model: {problem}") from None
 
 
 def _read_model(model: memoryview) -> OnnxFile:
@@ -85,8 +84,6 @@ def _read_model(model: memoryview) -> OnnxFile:
                 initializers.add(name)
                 if location:
                     external_files[location] = None
-            content.release()
-        graph.release()
     if not found_graph or not outputs:
         raise ValueError("it has no graph with outputs")
     return OnnxFile(
@@ -107,7 +104,6 @@ def _read_initializer(tensor: memoryview) -> tuple[str, str]:
             entry = {field: str(text, "utf-8") for field, text in _messages(content)}
             if entry.get(ENTRY_KEY) == "location":
                 location = entry.get(ENTRY_VALUE, "")
-        content.release()
     return name, location
 
 
@@ -123,8 +119,6 @@ def _read_value(value: memoryview) -> OnnxValue:
                     element_type, dims = _read_tensor_type(inner)
                 elif field in KIND_BY_TYPE_FIELD:
                     kind = KIND_BY_TYPE_FIELD[field]
-                inner.release()
-        content.release()
     return OnnxValue(name, element_type, dims, kind)
 
 
