@@ -150,8 +150,7 @@ def _sequence_options(config: ModelConfig, model_directory: Path | None) -> Sequ
         max_idle_ns=max_idle_ns_of(config),
         preserves_order=is_oldest and batching.oldest.preserve_ordering,
         is_iterative=batching.iterative_sequence,
-        hold_until_queued=test_hooks.delay_scheduler(),
-        hold_until_backlog=test_hooks.backlog_delay_scheduler(),
+        hold=test_hooks.sequence_hold(is_oldest),
     )
 
 

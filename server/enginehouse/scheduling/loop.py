@@ -100,6 +100,8 @@ class BatchingScheduler:
         request.flow = ticket
         request.on_cancel = self._cancel_queued
         self._in_flight.enter()
+        if self._hold_until_queued:
+            self._hold_until_queued -= 1  # cancelled ones count as well
         self._notice(ticket)
 
     def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
@@ -178,8 +180,6 @@ class BatchingScheduler:
         self._set_alarm()
 
     def _is_held(self) -> bool:
-        if self._hold_until_queued and self._queue.num_requests >= self._hold_until_queued:
-            self._hold_until_queued = 0
         return self._hold_until_queued > 0
 
     def _set_alarm(self) -> None:

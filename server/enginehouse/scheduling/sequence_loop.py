@@ -22,6 +22,7 @@ from enginehouse.scheduling.rate_limiter import InstanceLimits
 from enginehouse.scheduling.sequence_batching import DirectBatching
 from enginehouse.scheduling.sequence_book import SequenceBook, SequenceRun
 from enginehouse.scheduling.sequence_requests import SequenceRequests
+from enginehouse.scheduling.test_hooks import SequenceHold
 from enginehouse.types import InferRequest, InferResponse
 
 
@@ -36,8 +37,7 @@ class SequenceOptions:
     max_idle_ns: int
     preserves_order: bool = False
     is_iterative: bool = False
-    hold_until_queued: int = 0
-    hold_until_backlog: int = 0
+    hold: SequenceHold = field(default_factory=SequenceHold)
     max_waiting: int = 100_000
 
 
@@ -84,7 +84,7 @@ class SequenceScheduler:
         self._alarm = Alarm(self._clock, self._on_alarm)
         self._num_waiting = 0
         self._next_deadline_ns = 0
-        self._is_holding = bool(options.hold_until_queued or options.hold_until_backlog)
+        self._hold = options.hold
         self._is_closed = False
         self._iterations = count(1)
         self.set_instances(instances)
@@ -115,6 +115,9 @@ class SequenceScheduler:
         if request.deadline_ns and not 0 < self._next_deadline_ns < request.deadline_ns:
             self._next_deadline_ns = request.deadline_ns
         self._settle(sequence)
+        if self._hold.is_active and self._hold.admitted(sequence.lane):
+            for lane in self._lanes.values():
+                self._look_soon(lane)
         self._set_alarm()
 
     def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
@@ -167,7 +170,6 @@ class SequenceScheduler:
             self._book.close(sequence)
         lane = sequence.lane
         if lane is None:
-            self._holds()
             return
         assert isinstance(lane, InstanceLane), "bug: the book knows only these lanes"
         lane.slots[sequence.slot] = sequence
@@ -182,6 +184,7 @@ class SequenceScheduler:
             sequence.waiting[0] = ticket
             self._requests.prepare(sequence, ticket)
             lane.ready.add(ticket)
+            self._hold.fed(lane)
 
     # --- deciding
 
@@ -204,7 +207,7 @@ class SequenceScheduler:
         self._set_alarm()
 
     def _may_run(self, lane: InstanceLane, num_batches: int) -> bool:
-        return lane.num_batches < num_batches and not (lane.is_retired or self._holds())
+        return lane.num_batches < num_batches and not (lane.is_retired or self._hold.holds(lane))
 
     def _look_direct(self, lane: InstanceLane, batching: DirectBatching, now_ns: int) -> None:
         if not self._may_run(lane, 1):
@@ -236,17 +239,6 @@ class SequenceScheduler:
 
     def _acquire(self, lane: InstanceLane) -> bool:
         return self._limits is None or self._limits.acquire_one([lane.instance]) is not None
-
-    def _holds(self) -> bool:
-        if self._is_holding:
-            num_backlog = sum(len(sequence.waiting) for sequence in self._book.backlog)
-            num_queued = self._num_waiting - num_backlog
-            options = self._options
-            self._is_holding = num_queued < options.hold_until_queued or num_backlog < options.hold_until_backlog
-            if not self._is_holding:
-                for lane in self._lanes.values():
-                    self._look_soon(lane)
-        return self._is_holding
 
     # --- running
 

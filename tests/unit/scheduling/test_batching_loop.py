@@ -279,3 +279,12 @@ def test_the_first_batch_can_be_held_until_enough_requests_wait(monkeypatch: pyt
     rig.send(4)
     rig.run_all()
     assert rig.instance.sizes == [3, 1]
+
+
+def test_requests_that_were_cancelled_meanwhile_count_for_the_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITONSERVER_DELAY_SCHEDULER", "2")
+    rig = rig_of(batching_config())
+    rig.send(1).request.cancel()
+    rig.send(2)
+    rig.run_all()
+    assert rig.instance.sizes == [1]

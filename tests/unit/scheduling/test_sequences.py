@@ -549,6 +549,18 @@ def test_the_first_batch_can_be_held_until_enough_sequences_wait(monkeypatch: py
     assert rig.waiting_sizes == [2]
 
 
+def test_oldest_counts_what_its_batcher_has_been_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITONSERVER_DELAY_SCHEDULER", "2")
+    rig = rig_of(OLDEST)
+    rig.send(1, correlation_id=1, start=True)
+    rig.send(2, correlation_id=1)
+    rig.clock.run_soon()
+    assert rig.waiting_sizes == []
+    rig.send(1, correlation_id=2, start=True)
+    rig.clock.run_soon()
+    assert rig.waiting_sizes == [2]
+
+
 def test_tensors_of_a_request_stay_what_the_client_sent() -> None:
     rig = rig_of(DIRECT)
     request = InferRequest("m", inputs={"X": Tensor.from_numpy("X", np.array([[3]], np.int32))}, batch_size=1)
