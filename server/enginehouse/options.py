@@ -260,10 +260,9 @@ class ServerOptions:
         (),
         option_values.setting("host-policy", "policy name", scoped=True),
         "numa-node= and cpu-cores= of a host policy.",
-        has_effect=False,
     )
     model_load_gpu_limit: tuple[DeviceValue, ...] = _memory(
-        (), option_values.device_value, "Refuse to load onto a GPU that is fuller than this fraction.", has_effect=False
+        (), option_values.device_value, "Refuse to load onto a GPU that is fuller than this fraction."
     )
     enable_peer_access: bool = _memory(True, boolean, "Let GPUs read each other's memory.", has_effect=False)
     memory_limit: tuple[MemoryLimit, ...] = _memory(
