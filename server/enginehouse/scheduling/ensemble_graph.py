@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from enginehouse.config.conditions import Condition
 from enginehouse.config.schema import ModelConfig, ModelEnsembling
 from enginehouse.errors import InvalidArgument
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Step:
     """One model in the graph. `inputs` maps its inputs to ensemble tensors, `outputs` its outputs."""
 
@@ -27,11 +28,25 @@ class Step:
     condition: Condition | None = None
     """The step runs only if it holds."""
 
-    @property
+    @cached_property
     def reads(self) -> frozenset[str]:
         """The tensors that it waits for."""
         asked: frozenset[str] = self.condition.tensor_names if self.condition is not None else frozenset()
         return asked.union(self.inputs.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The part of a graph that makes certain outputs."""
+
+    outputs: tuple[str, ...]
+    """In the config's order."""
+    consumers: Mapping[str, tuple[Step, ...]]
+    """By tensor: the steps that run and wait for it."""
+    num_readers: Mapping[str, int]
+    """By tensor: those steps, and the client."""
+    requested: Mapping[int, tuple[str, ...]]
+    """By step: the outputs that somebody reads."""
 
 
 class EnsembleGraph:
@@ -58,7 +73,7 @@ class EnsembleGraph:
                 self.consumers.setdefault(tensor, []).append(step)
             for tensor in set(step.outputs.values()):
                 self.producers.setdefault(tensor, []).append(step)
-        self._needed: dict[frozenset[str], frozenset[int]] = {}
+        self._plans: dict[frozenset[str], Plan] = {}
 
     @classmethod
     def of(cls, config: ModelConfig) -> EnsembleGraph:
@@ -83,11 +98,32 @@ class EnsembleGraph:
             ensembling.max_inflight_requests,
         )
 
+    def plan(self, requested: Sequence[str]) -> Plan:
+        """What to run for these outputs; none asks for all. Made once for each combination."""
+        wanted = frozenset(requested) or frozenset(self.outputs)
+        plan = self._plans.get(wanted)
+        if plan is None:
+            plan = self._plans[wanted] = self._make_plan(wanted)
+        return plan
+
+    def _make_plan(self, wanted: frozenset[str]) -> Plan:
+        needed = self.needed_steps(wanted)
+        consumers = {
+            name: tuple(step for step in steps if step.index in needed) for name, steps in self.consumers.items()
+        }
+        num_readers = {name: len(steps) for name, steps in consumers.items()}
+        for name in wanted:
+            num_readers[name] = num_readers.get(name, 0) + 1
+        requested = {
+            step.index: tuple(name for name, tensor in step.outputs.items() if num_readers.get(tensor, 0))
+            for step in self.steps
+            if step.index in needed
+        }
+        outputs = tuple(name for name in self.outputs if name in wanted)
+        return Plan(outputs, consumers, num_readers, requested)
+
     def needed_steps(self, outputs: frozenset[str]) -> frozenset[int]:
         """Indices of the steps that these outputs depend on."""
-        known = self._needed.get(outputs)
-        if known is not None:
-            return known
         needed: set[int] = set()
         tensors = list(outputs)
         while tensors:
@@ -95,8 +131,7 @@ class EnsembleGraph:
                 if step.index not in needed:
                     needed.add(step.index)
                     tensors.extend(step.reads)
-        self._needed[outputs] = frozenset(needed)
-        return self._needed[outputs]
+        return frozenset(needed)
 
 
 def _condition_of(ensemble: str, index: int, step: ModelEnsembling.Step) -> Condition | None:

@@ -57,9 +57,8 @@ class EnsembleRun:
         self.request = request
         self._scheduler = scheduler
         self._graph = scheduler.graph
-        self._outputs = frozenset(request.requested_outputs or self._graph.outputs)
-        self._needed = self._graph.needed_steps(self._outputs)
-        self._tensors = RunTensors(self._graph, self._needed, self._outputs)
+        self._plan = self._graph.plan(request.requested_outputs)
+        self._tensors = RunTensors(self._plan)
         self._running: set[InferRequest] = set()
         self._num_unfinished = 0
         """Steps that are submitted or wait at the gate."""
@@ -111,25 +110,21 @@ class EnsembleRun:
 
     def _advance(self, updated: Iterable[str], branch: Path) -> None:
         """Starts the steps and sends the answer that the new tensors make possible."""
-        steps = {
-            step.index: step
-            for name in updated
-            for step in self._graph.consumers.get(name, ())
-            if step.index in self._needed
-        }
+        consumers, outputs = self._plan.consumers, self._plan.outputs
+        steps = {step.index: step for name in updated for step in consumers.get(name, ())}
         for step in steps.values():
             for path in self._tensors.ready_paths(step.reads, branch):
                 self._start_step(step, path)
-        if any(name in self._outputs for name in updated):
-            for path in self._tensors.ready_paths(self._outputs, branch):
+        if any(name in outputs for name in updated):
+            for path in self._tensors.ready_paths(outputs, branch):
                 self._answer(path)
 
     def _answer(self, path: Path) -> None:
         outputs: list[Tensor] = []
         sequencing: Sequencing | None = None
-        for name in self._graph.outputs:
-            value = self._tensors.read(name, path) if name in self._outputs else None
-            if value is not None and value.tensor is not None:
+        for name in self._plan.outputs:
+            value = self._tensors.read(name, path)
+            if value.tensor is not None:
                 dims = self._scheduler.output_dims[name]
                 outputs.append(fit_output(value, name, dims, self.request.batch_size))
                 sequencing = value.sequencing or sequencing
@@ -187,9 +182,10 @@ class EnsembleRun:
 
     def _runs(self, step: Step, read: Mapping[str, Value]) -> bool:
         """Whether its condition holds and no tensor that it must have was skipped."""
-        tensors = {name: value.tensor for name, value in read.items()}
-        if step.condition is not None and not step.condition.holds(tensors, self.request.parameters):
-            return False
+        if step.condition is not None:
+            tensors = {name: value.tensor for name, value in read.items()}
+            if not step.condition.holds(tensors, self.request.parameters):
+                return False
         skipped = {name for name, tensor in step.inputs.items() if read[tensor].is_skipped}
         if not skipped:
             return True
@@ -240,7 +236,7 @@ class EnsembleRun:
             model_version=step.model_version,
             id=request.id,
             inputs=inputs,
-            requested_outputs=[name for name, tensor in step.outputs.items() if self._tensors.is_read(tensor)],
+            requested_outputs=self._plan.requested[step.index],
             parameters=dict(request.parameters),
             correlation_id=sequencing.correlation_id,
             sequence_start=sequencing.start,
@@ -271,7 +267,7 @@ class EnsembleRun:
             given = {output.name: output for output in response.outputs}
             updated = {tensor: given.get(name) for name, tensor in step.outputs.items()}
             for name, tensor in updated.items():
-                if self._tensors.is_made_twice(name, branch):
+                if len(self._graph.producers[name]) > 1 and self._tensors.is_made(name, branch):
                     self._fail_in_step(InvalidArgument(f"more than one step made the ensemble tensor '{name}'"))
                     return
                 self._tensors.put(name, branch, Value(tensor, answers.request.batch_size, sequencing))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from enginehouse.config.schema import ModelConfig
-from enginehouse.scheduling.ensemble_graph import EnsembleGraph
+from enginehouse.scheduling.ensemble_graph import Plan
 from enginehouse.types import CorrelationId, Tensor
 
 Path: TypeAlias = tuple[int, ...]
@@ -40,32 +40,34 @@ class Value:
 
 
 class RunTensors:
-    """See module. `needed` are the steps that run, `outputs` the tensors that the client gets."""
+    """See module."""
 
-    def __init__(self, graph: EnsembleGraph, needed: frozenset[int], outputs: frozenset[str]) -> None:
-        self._graph = graph
-        self._needed = needed
-        self._outputs = outputs
+    def __init__(self, plan: Plan) -> None:
+        self._num_readers = plan.num_readers
         self._values: dict[str, dict[Path, Value]] = {}
+        self._has_branches = False
 
     def __len__(self) -> int:
         return sum(map(len, self._values.values()))
 
-    def is_read(self, name: str) -> bool:
-        return self._num_readers(name) > 0
-
     def put(self, name: str, path: Path, value: Value) -> None:
-        value.num_readers = self._num_readers(name)
-        self._values.setdefault(name, {})[path] = value
+        if path:
+            self._has_branches = True
+            value.num_readers = self._num_readers.get(name, 0)
+        known = self._values.get(name)
+        if known is None:
+            self._values[name] = {path: value}
+        else:
+            known[path] = value
 
-    def is_made_twice(self, name: str, path: Path) -> bool:
-        """Whether another of several steps has made the tensor for readers on this path."""
-        if len(self._graph.producers[name]) < 2:
-            return False
+    def is_made(self, name: str, path: Path) -> bool:
+        """Whether readers on this path see the tensor already, or on one that it leads to."""
         return any(known[: len(path)] == path or path[: len(known)] == known for known in self._values.get(name, ()))
 
     def ready_paths(self, names: Iterable[str], branch: Path) -> list[Path]:
         """The paths on which all of these tensors exist now that there is something new on `branch`."""
+        if not self._has_branches:
+            return [()] if all(name in self._values for name in names) else []
         names = tuple(names)
         candidates = {branch}
         for name in names:
@@ -79,10 +81,12 @@ class RunTensors:
 
     def read(self, name: str, path: Path) -> Value:
         """The tensor as a reader on `path` sees it; forgotten after its last reader."""
+        if not path:
+            return self._values[name][path]
         where = self._visible(name, path)
         assert where is not None, "bug: readers wait until all tensors are there"
         value = self._values[name][where]
-        if where == path and path:
+        if where == path:
             value.num_readers -= 1
             if not value.num_readers:
                 del self._values[name][where]
@@ -96,10 +100,6 @@ class RunTensors:
                 if path[:length] in values:
                     return path[:length]
         return None
-
-    def _num_readers(self, name: str) -> int:
-        steps = sum(step.index in self._needed for step in self._graph.consumers.get(name, ()))
-        return steps + (name in self._outputs)
 
 
 def fit_input(value: Value, name: str, member: ModelConfig) -> Tensor:
