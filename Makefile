@@ -11,7 +11,8 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRAINT
 ONNX := $(if $(CONSTRAINTS),onnx,gpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve examples test test-unit lint types contracts format protos clean
+.PHONY: help install serve examples test test-unit lint types contracts format bench peer soak fuzz test-gpu
+.PHONY: bench-gpu protos clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -54,6 +55,27 @@ contracts: $(VENV)/installed-tests  ## which layer may import which
 
 format: $(VENV)/installed-tests
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: $(VENV)/installed-tests examples  ## requests a second beside a bare loop (and Triton, after `make peer`)
+	$(BIN)/python -m tests.bench --report docs/benchmarks.md
+	$(BIN)/python -m tests.bench.mixed_lengths
+	$(BIN)/python tests/bench/execution_cost.py
+
+peer: $(VENV)/installed-tests  ## install a real Triton beside us (build/peer) and compare with it
+	$(BIN)/python -c "from tests.bench import triton_peer as peer; peer.is_installed() or peer.install()"
+	$(BIN)/python -m pytest -m peer
+
+soak: $(VENV)/installed-tests examples  ## half an hour and more of sequences and language models under fire
+	$(BIN)/python -m tests.faults.soak
+
+fuzz: $(VENV)/installed-tests  ## a million bad requests
+	$(BIN)/python -m tests.fuzz --requests=1000000
+
+test-gpu: $(VENV)/installed-tests  ## on a CUDA machine: everything of docs/gpu.md, in stages; results in build/gpu
+	$(BIN)/python -m tests.gpu test
+
+bench-gpu: $(VENV)/installed-tests  ## on a CUDA machine: speed beside the hardware's limits
+	$(BIN)/python -m tests.gpu bench
 
 protos: $(VENV)/installed-tests  ## regenerate the wire contract
 	$(BIN)/python protos/generate.py
