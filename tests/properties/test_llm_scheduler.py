@@ -46,7 +46,10 @@ class Simulation:
             max_batched_tokens=self.random.randint(5, 12),
             min_chunk_tokens=1,
         )
-        self.schedulers.append(Scheduler(name, pool, self.space, limits, self._follow_table))
+        scheduler = Scheduler(name, pool, self.space, limits, self._follow_table)
+        scheduler.latency.observe(1, 0, 0.01)  # prompts are slow: chunks are small, and bursts stall decoding
+        scheduler.latency.observe(1, 16, 0.17)
+        self.schedulers.append(scheduler)
 
     def _follow_table(self, generation: Generation, first: int) -> None:
         table = self.tables.setdefault(generation, [])

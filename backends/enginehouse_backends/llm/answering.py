@@ -85,7 +85,7 @@ class Answer:
     def end(self, reason: FinishReason, error: EnginehouseError | None = None) -> TokenEvent:
         """Ended from outside: cancelled, or failed. What was held back goes along."""
         self.finish_reason = reason
-        event = self._event or self._new_event()
+        event = self._event = self._event or self._new_event()
         event.finish_reason, event.error = reason, error
         if self._stops is not None:
             event.text += self._stops.finish()

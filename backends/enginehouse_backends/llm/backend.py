@@ -5,6 +5,7 @@ All LLMs of one engine group live in one process, and share its engine and KV me
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -157,7 +158,9 @@ class LlmInstance(GenerativeInstance):
         self._emit: Callable[[Sequence[TokenEvent]], None] = lambda events: None
         self._group = _GROUPS.enter(f"{settings.engine_group} {placement.device}", placement.device)
         try:
-            self.llm = _serve(f"{context.name}:{context.version}", context.name, settings, plan, self._runner, self)
+            # a version that is loaded again joins while its elder still serves
+            key = f"{context.name}:{context.version}#{next(_NUMBERS)}"
+            self.llm = _serve(key, context.name, settings, plan, self._runner, self)
             num_pages = -(-plan.kv_bytes // self._group.engine.arena.page_bytes)
             self._group.engine.join(self.llm, num_pages, settings.share_weight)
         except BaseException:
@@ -301,6 +304,7 @@ class _Groups:
 
 
 _GROUPS = _Groups()
+_NUMBERS = itertools.count()
 
 
 class _Progress:

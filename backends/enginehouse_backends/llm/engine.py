@@ -81,7 +81,7 @@ class Engine:
         """Fails what it still has; its pages are the others' from now on."""
 
         def act() -> None:
-            llm.fail_all(Unavailable(f"model '{llm.name}' is being unloaded"))
+            llm.fail_all(Unavailable(f"model '{llm.model_name}' is being unloaded"))
             if self._llms.pop(llm.name, None) is not None:
                 self.space.leave(llm.name)
             self._tell_shares()
@@ -174,7 +174,7 @@ class Engine:
         if self._broken:
             llm.refuse(answer, Internal(f"the engine's books are wrong ({self._broken}): load the model again"))
         elif llm.name not in self._llms:
-            llm.refuse(answer, Unavailable(f"model '{llm.name}' is being unloaded"))
+            llm.refuse(answer, Unavailable(f"model '{llm.model_name}' is being unloaded"))
         else:
             llm.add(answer)
 

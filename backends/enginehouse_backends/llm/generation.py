@@ -60,6 +60,8 @@ class Generation:
     num_cached: int = -1
     """Prompt tokens found in the prefix cache when it first ran."""
     num_preemptions: int = 0
+    stalled_at: int = 0
+    """Output tokens that it had when prompts last went before its decoding (see prompt_policy.py)."""
     first_scheduled_ns: int = 0
 
     # the engine's

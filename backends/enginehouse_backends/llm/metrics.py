@@ -59,6 +59,7 @@ class LlmMetrics:
     """One model's. Fields are set or raised by the engine; `families` reads them."""
 
     def __init__(self, model_name: str, max_model_len: int, cache_config: Mapping[str, str]) -> None:
+        self.model_name = model_name
         self._labels = {"model_name": model_name, "engine": "0"}
         self._cache_config = {**cache_config, "engine": "0"}
         self.num_running = self.num_waiting = 0

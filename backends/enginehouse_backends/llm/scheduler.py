@@ -16,12 +16,13 @@ from enginehouse_backends.llm.block_pool import BlockPool, chain_hash
 from enginehouse_backends.llm.generation import Generation, GenerationState
 from enginehouse_backends.llm.kv_space import KvSpace
 from enginehouse_backends.llm.latency_model import LatencyModel
+from enginehouse_backends.llm.prompt_policy import PromptPolicy
 from enginehouse_backends.llm.waiting_queue import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """`target_itl_s` is for a step that also decodes; 0 lets prompts add as much again as decoding takes."""
+    """`target_itl_s` is for a step that also decodes; 0 leaves it to PromptPolicy."""
 
     block_size: int = 32
     max_running: int = 64
@@ -67,6 +68,7 @@ class Scheduler:
     ) -> None:
         self.name, self.pool, self.space, self.limits = name, pool, space, limits
         self.latency = LatencyModel()
+        self.prompts = PromptPolicy(limits.max_batched_tokens, limits.min_chunk_tokens, limits.target_itl_s)
         self.waiting = WaitingQueue()
         self.running: list[Generation] = []
         """By priority, then arrival: the last one is preempted first."""
@@ -114,22 +116,31 @@ class Scheduler:
         self.step += 1
         plan = StepPlan()
         self._make_room_for_urgent(plan)
-        plan.num_decoding = sum(1 for generation in self.running if generation.num_left == 1)
-        budget = self._prompt_budget(plan.num_decoding)
-        budget = self._plan_running(plan, budget, now_ns)
-        if budget > 0 and len(self.waiting) and not plan.preempted:
-            self._admit(plan, budget, now_ns)
+        decoding = [generation for generation in self.running if generation.num_left == 1]
+        if self.prompts.may_stall(decoding, self._backlog_tokens(decoding), self.latency):
+            self._plan_shares(plan, self.limits.max_batched_tokens, now_ns, stalled=True)
+            if plan.shares:
+                self.prompts.on_stall(decoding, plan.num_tokens)
+                return plan
+        plan.num_decoding = len(decoding)
+        self._plan_shares(plan, self.prompts.budget(len(decoding), self.latency), now_ns, stalled=False)
+        self.prompts.on_decode()
         return plan
 
-    def _prompt_budget(self, num_decoding: int) -> int:
-        limits = self.limits
-        room = limits.max_batched_tokens - num_decoding
-        if num_decoding == 0:
-            return room
-        target = limits.target_itl_s or 2 * self.latency.base_s(num_decoding)
-        return int(max(min(room, self.latency.chunk(num_decoding, target)), limits.min_chunk_tokens))
+    def _backlog_tokens(self, decoding: list[Generation]) -> int:
+        """Of prompts that wait or are under way, unless someone more urgent decodes."""
+        urgent = self.waiting.best_priority()
+        if urgent is not None and decoding and decoding[0].priority < urgent:
+            return 0
+        under_way = sum(generation.num_left for generation in self.running) - len(decoding)
+        return under_way + (self.waiting.num_tokens if self._free_slots else 0)
 
-    def _plan_running(self, plan: StepPlan, budget: int, now_ns: int) -> int:
+    def _plan_shares(self, plan: StepPlan, budget: int, now_ns: int, stalled: bool) -> None:
+        budget = self._plan_running(plan, budget, now_ns, stalled)
+        if budget > 0 and len(self.waiting) and not plan.preempted:
+            self._admit(plan, budget, now_ns)
+
+    def _plan_running(self, plan: StepPlan, budget: int, now_ns: int, stalled: bool) -> int:
         """Shares for those that run already; gives what is left of the budget for prompts."""
         for generation in list(self.running):
             if generation.state is not GenerationState.RUNNING:
@@ -137,6 +148,8 @@ class Scheduler:
             if plan.follows_prompt and _follows_prompt(generation):
                 continue
             left = generation.num_left
+            if stalled and left <= 1:
+                continue
             count = left if left <= 1 else min(left, budget, self._most_followed(generation))
             if count <= 0 or not self._grow_or_preempt(generation, count, plan):
                 continue

@@ -33,6 +33,7 @@ class ServedLlm:
         max_waiting: int,
     ) -> None:
         self.name, self.scheduler, self.runner, self.metrics = name, scheduler, runner, metrics
+        self.model_name = metrics.model_name
         self._table, self._emit, self._max_waiting = table, emit, max_waiting
         self.most_tokens = 0
         """What the model can always hold of one sequence. Read by other threads."""
@@ -57,7 +58,9 @@ class ServedLlm:
             return
         if len(self.scheduler.waiting) >= self._max_waiting:
             self.metrics.num_rejections += 1
-            error = Unavailable(f"model '{self.name}' has {self._max_waiting} requests waiting: its queue is full")
+            error = Unavailable(
+                f"model '{self.model_name}' has {self._max_waiting} requests waiting: its queue is full"
+            )
             self._send_now(answer.end(FinishReason.ERROR, error))
             return
         self._answers[generation.id] = answer
@@ -102,7 +105,7 @@ class ServedLlm:
         size = self.scheduler.limits.block_size
         error = ResourceExhausted(
             f"{len(generation.tokens)} tokens need {self.scheduler.blocks_for(generation.num_known)} KV blocks of "
-            f"{size}, and model '{self.name}' can have {have}"
+            f"{size}, and model '{self.model_name}' can have {have}"
         )
         self._end(self._answers[generation.id], FinishReason.ERROR, error)
         self.flush()

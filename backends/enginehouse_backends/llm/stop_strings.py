@@ -39,8 +39,9 @@ class StopStrings:
         return held
 
     def _find(self, text: str) -> tuple[int, str] | None:
+        """The one that is complete first, whatever pieces the text came in; of two, the longer."""
         found = [(text.find(stop), stop) for stop in self.stops if stop in text]
-        return min(found, key=lambda item: (item[0], -len(item[1])), default=None)
+        return min(found, key=lambda item: (item[0] + len(item[1]), item[0]), default=None)
 
     def _num_open(self, text: str) -> int:
         """Length of the longest end of the text with which a stop string begins."""

@@ -192,7 +192,7 @@ void row_operation(const Operation& o, const Step& step, long row) {
       return;
     case kRound: return round_chunk<A>(o, row);
     case kArgmax:
-      static_cast<int32_t*>(o.output)[row] = int32_t(argmax(x, 0, o.n));
+      static_cast<int32_t*>(o.output)[row] = int32_t(argmax(x, o.n));
       return;
   }
 }

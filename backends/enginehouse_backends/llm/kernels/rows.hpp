@@ -1,6 +1,7 @@
 // What is done to one row at a time: norms, activations, embedding, argmax.
 #pragma once
 #include <cmath>
+#include <limits>
 
 #include "linear.hpp"
 
@@ -71,21 +72,29 @@ inline void embed_packed(const W* packed, long vocab, long width, long token, fl
   for (long i = 0; i < width; ++i) out[i] = get(packed + packed_index<W>(vocab, width, token, i)) * scale;
 }
 
-// Index of the largest of x[start:stop], the first one among equals; not-a-number beats everything.
-inline long argmax(const float* x, long start, long stop) {
-  long best = start;
-  for (long i = start; i < stop;) {
-    const long end = i + 16 * kLanes < stop ? i + 16 * kLanes : stop;
-    float highest = x[best];
-    bool better = false;
-    for (long j = i; j < end; ++j) better |= !(x[j] <= highest);
-    if (better)
-      for (long j = i; j < end; ++j)
-        if (!(x[j] <= highest)) highest = x[j], best = j;
-    i = end;
-    if (!(highest == highest)) return best;
+// Index of the largest of x[0:n], the first one among equals; the first not-a-number if there is one.
+inline long argmax(const float* x, long n) {
+  Vec best = splat(-std::numeric_limits<float>::infinity());
+  VecInt where{}, at;
+  for (int i = 0; i < kLanes; ++i) at[i] = i;
+  long i = 0;
+  for (; i + kLanes <= n; i += kLanes, at += kLanes) {
+    const Vec v = load(x + i);
+    const VecInt better = (v > best) | ((v != v) & (best == best));
+    best = select(better, v, best);
+    where = (at & better) | (where & ~better);
   }
-  return best;
+  long found = 0;
+  float highest = -std::numeric_limits<float>::infinity();
+  auto consider = [&](float value, long index) {
+    const bool broken = value != value, known_broken = highest != highest;
+    if (broken ? (!known_broken || index < found)
+               : !known_broken && (value > highest || (value == highest && index < found)))
+      highest = value, found = index;
+  };
+  for (int lane = 0; lane < kLanes; ++lane) consider(best[lane], where[lane]);
+  for (; i < n; ++i) consider(x[i], i);
+  return found;
 }
 
 }  // namespace eh
