@@ -113,8 +113,8 @@ class LogSettings:
                         raise Internal("attempt to access JSON non-boolean as boolean")
             self._set(key, value)
 
-    def apply_grpc(self, settings: Mapping[str, bool | int | str]) -> None:
-        """The same over gRPC, whose error texts differ. Values have the type of the field that was set."""
+    def apply_grpc(self, settings: Mapping[str, bool | int | str | None]) -> None:
+        """The same over gRPC, whose error texts differ. Values have the type of the field that was set, if any."""
         for key, value in ((key, settings[key]) for key in self.as_dict() if key in settings):
             match key:
                 case "log_file":

@@ -29,10 +29,10 @@ class RepositoryMethods:
         for key, value in request.parameters.items():
             kind = value.WhichOneof("parameter_choice")
             if key == "config":
-                _expect("load", key, kind, "string_param")
+                _expect(key, kind, "string_param")
                 config = value.string_param
             elif key.startswith(FILE_PREFIX):
-                _expect("load", key, kind, "bytes_param")
+                _expect(key, kind, "bytes_param")
                 files[key.removeprefix(FILE_PREFIX)] = value.bytes_param
             else:
                 raise InvalidArgument(f"unrecognized load parameter '{key}'.")
@@ -45,12 +45,13 @@ class RepositoryMethods:
         unload_dependents = False
         if "unload_dependents" in request.parameters:
             value = request.parameters["unload_dependents"]
-            _expect("unload", "unload_dependents", value.WhichOneof("parameter_choice"), "bool_param")
+            if value.WhichOneof("parameter_choice") != "bool_param":
+                raise InvalidArgument("invalid value type for 'unload_dependents' parameter, expected bool_param.")
             unload_dependents = value.bool_param
         await self._core.unload(request.model_name, unload_dependents)
         return schema.RepositoryModelUnloadResponse().SerializeToString()
 
 
-def _expect(action: str, key: str, kind: str | None, wanted: str) -> None:
+def _expect(key: str, kind: str | None, wanted: str) -> None:
     if kind != wanted:
-        raise InvalidArgument(f"invalid value type for {action} parameter '{key}', expected {wanted}.")
+        raise InvalidArgument(f"invalid value type for load parameter '{key}', expected {wanted}.")

@@ -29,8 +29,7 @@ class SettingMethods:
         given = {}
         for key, setting in request.settings.items():
             kind = setting.WhichOneof("parameter_choice")
-            if kind is not None:
-                given[key] = getattr(setting, kind)
+            given[key] = None if kind is None else getattr(setting, kind)
         self._core.logs.apply_grpc(given)
         response = schema.LogSettingsResponse()
         for key, value in self._core.logs.as_dict().items():

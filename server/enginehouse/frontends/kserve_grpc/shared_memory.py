@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enginehouse.config import schema
-from enginehouse.errors import InvalidArgument
 from enginehouse.frontends.grpc_call import GrpcCall
 from enginehouse.frontends.kserve_grpc.infer import parse
 from enginehouse.frontends.shared_memory import cuda, system
@@ -48,8 +47,6 @@ class SharedMemoryMethods:
     async def cuda_register(self, data: bytes, call: GrpcCall) -> bytes:
         request = parse(schema.CudaSharedMemoryRegisterRequest, data)
         self._regions.refuse_if_disabled()
-        if len(request.raw_handle) != cuda.HANDLE_BYTES:
-            raise InvalidArgument("'raw_handle' must be a valid cudaIpcMemHandle_t")
         self._regions.register(
             lambda: cuda.open_region(request.name, request.raw_handle, request.device_id, request.byte_size),
             request.name,

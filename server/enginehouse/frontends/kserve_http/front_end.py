@@ -50,7 +50,7 @@ def v2_routes(core: Core, options: ServerOptions, regions: Regions) -> list[Rout
         Route(MODEL, GET, Api.METADATA, models.metadata),
         Route(MODEL + "/config", GET, Api.MODEL_CONFIG, models.config),
         Route(MODEL + "/stats", GET, Api.STATISTICS, models.statistics),
-        Route(MODEL + "/trace/setting", GET + POST, Api.TRACE, settings.trace),
+        Route("/v2/models/(?P<model>[^/]+)/trace/setting", GET + POST, Api.TRACE, settings.trace),
         Route("/v2/trace/setting", GET + POST, Api.TRACE, settings.trace),
         Route("/v2/logging", GET + POST, Api.LOGGING, settings.logs),
         Route(REPOSITORY + "/index", POST, Api.MODEL_REPOSITORY, repository.index),

@@ -20,12 +20,15 @@ NESTED = "parameters"
 
 def decode_generate(request: InferRequest, document: Any, inputs: Mapping[str, TensorSpec]) -> None:
     """Fills the request from what `parse_json_members` gave. Raises with Triton's texts."""
-    for key, value in _members(document):
+    members = _members(document)
+    for key, value in members:
         if key == "id":
             try:
                 request.id = as_string(value)
             except JsonTypeError as error:
                 raise about("Unable to parse 'id'", error) from None
+            break
+    for key, value in members:
         if key != NESTED:
             _decode_member(request, key, value, inputs)
         elif key in inputs:

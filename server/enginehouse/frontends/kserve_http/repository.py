@@ -33,10 +33,11 @@ class RepositoryHandlers:
         config: str | None = None
         files: dict[str, bytes] = {}
         for key, value in _parameters(http.body).items():
+            text = as_string(value)
             if key == "config":
-                config = as_string(value)
+                config = text
             elif key.startswith(FILE_PREFIX):
-                files[key.removeprefix(FILE_PREFIX)] = _decode_file(key, as_string(value))
+                files[key.removeprefix(FILE_PREFIX)] = _decode_file(key, text)
             else:
                 raise Internal("unexpected error on creating Triton parameter")
         await self._core.load(parts["model"], config, files)
@@ -44,9 +45,7 @@ class RepositoryHandlers:
 
     async def unload(self, http: HttpRequest, parts: PathParts) -> Reply:
         refuse_repository_name(parts["repository"])
-        parameters = _parameters(http.body)
-        unload_dependents = as_bool(parameters["unload_dependents"]) if "unload_dependents" in parameters else False
-        await self._core.unload(parts["model"], unload_dependents)
+        await self._core.unload(parts["model"], _unload_dependents(http.body))
         return HttpResponse(200)
 
 
@@ -60,6 +59,14 @@ def _parameters(body: Buffer) -> dict[str, Any]:
     if isinstance(document, dict) and "parameters" in document:
         return as_members(document["parameters"])
     return {}
+
+
+def _unload_dependents(body: Buffer) -> bool:
+    """Anything but true, even a body that is no JSON, means no: so it is in Triton."""
+    try:
+        return _parameters(body).get("unload_dependents") is True
+    except Internal:
+        return False
 
 
 def _decode_file(key: str, text: str) -> bytes:

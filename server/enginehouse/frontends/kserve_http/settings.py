@@ -7,7 +7,7 @@ from typing import Any
 from enginehouse.core import Core
 from enginehouse.frontends.http_message import HttpRequest, Reply
 from enginehouse.frontends.http_routes import PathParts
-from enginehouse.frontends.json_values import as_members, parse_json
+from enginehouse.frontends.json_values import parse_json
 from enginehouse.frontends.kserve_http.models import json_reply
 from enginehouse.frontends.trace_settings import known_model
 
@@ -29,4 +29,6 @@ class SettingHandlers:
 
 
 def _document(http: HttpRequest) -> dict[str, Any]:
-    return as_members(parse_json(http.body))
+    """What is no object sets nothing; Triton takes it for a question, too."""
+    document = parse_json(http.body)
+    return document if isinstance(document, dict) else {}

@@ -119,6 +119,8 @@ class CudaMemory:
 
 def open_region(name: str, handle: bytes, device_id: int, num_bytes: int) -> Region:
     """Raises InvalidArgument without a GPU, and for a handle or size that is wrong."""
+    if len(handle) != HANDLE_BYTES:
+        raise InvalidArgument("failed to register shared memory region: invalid args")
     try:
         cuda = driver()
     except Unsupported as error:

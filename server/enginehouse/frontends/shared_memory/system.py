@@ -38,7 +38,11 @@ def _map(name: str, key: str, offset: int, num_bytes: int) -> mmap.mmap:
     except (OSError, ValueError):
         raise Internal(f"Unable to open shared memory region: '{key}'") from None
     try:
-        if num_bytes == 0 or offset + num_bytes > os.fstat(descriptor).st_size:
+        if num_bytes == 0 and offset <= os.fstat(descriptor).st_size:
+            raise InvalidArgument(
+                f"failed to register shared memory region '{name}': unable to process address spaceInvalid argument"
+            )
+        if offset + num_bytes > os.fstat(descriptor).st_size:
             raise InvalidArgument(f"failed to register shared memory region '{name}': invalid args")
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         return mmap.mmap(descriptor, offset + num_bytes - start, offset=start)
