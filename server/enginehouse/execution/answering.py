@@ -3,10 +3,12 @@ instance does. On the loop; no I/O."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from enginehouse.errors import EnginehouseError, FailureReason, Unsupported, error_of
 from enginehouse.execution.contract import Batch, ExecutionTimes
+from enginehouse.execution.joining import Joiner
 from enginehouse.types import InferRequest, InferResponse, Tensor
 
 
@@ -91,3 +93,36 @@ class RunningBatch:
             if candidate is request:
                 return index if self.finals_owed[index] else None
         return None
+
+
+class WorkerBatch(RunningBatch):
+    """A batch in a worker's instance."""
+
+    __slots__ = ("batch_id", "busy_ns", "instance_id", "joiner", "on_finished", "sent_ns", "slot", "takes_tensors")
+
+    def __init__(
+        self,
+        batch: Batch,
+        model: str,
+        version: str,
+        joiner: Joiner,
+        instance_id: int,
+        slot: int,
+        takes_tensors: bool,
+        on_finished: Callable[[WorkerBatch], None],
+    ) -> None:
+        super().__init__(batch, model, version)
+        self.batch_id = 0
+        self.instance_id = instance_id
+        self.slot = slot
+        self.joiner = joiner
+        self.takes_tensors = takes_tensors
+        self.sent_ns = 0
+        self.busy_ns = 0
+        self.on_finished = on_finished
+
+    def fail(self, error: EnginehouseError) -> None:
+        now_ns = time.monotonic_ns()
+        start_ns = self.sent_ns or now_ns
+        self.release(ExecutionTimes(start_ns, start_ns, now_ns, now_ns), error)
+        self.on_finished(self)

@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 
 from enginehouse.errors import EnginehouseError, FailureReason, Internal, ResourceExhausted, Unavailable
 from enginehouse.execution import messages as m
-from enginehouse.execution.answering import RunningBatch
+from enginehouse.execution.answering import WorkerBatch
 from enginehouse.execution.channel import Channel
-from enginehouse.execution.contract import Batch, ExecutionTimes
-from enginehouse.execution.joining import JoinedTensor, Joiner
+from enginehouse.execution.contract import ExecutionTimes
+from enginehouse.execution.joining import JoinedTensor
 from enginehouse.execution.refs import request_ref, response_of, tensor_of, tensors_bytes, write_tensors
 from enginehouse.execution.slab import (
     MIN_SEGMENT_BYTES,
@@ -32,39 +32,6 @@ from enginehouse.execution.spawning import Launch, Spawner
 
 _FREED_ALONE = 32
 """So many blocks are told back without waiting for a message to ride on."""
-
-
-class WorkerBatch(RunningBatch):
-    """A batch in a worker's instance."""
-
-    __slots__ = ("batch_id", "busy_ns", "instance_id", "joiner", "on_finished", "sent_ns", "slot", "takes_tensors")
-
-    def __init__(
-        self,
-        batch: Batch,
-        model: str,
-        version: str,
-        joiner: Joiner,
-        instance_id: int,
-        slot: int,
-        takes_tensors: bool,
-        on_finished: Callable[[WorkerBatch], None],
-    ) -> None:
-        super().__init__(batch, model, version)
-        self.batch_id = 0
-        self.instance_id = instance_id
-        self.slot = slot
-        self.joiner = joiner
-        self.takes_tensors = takes_tensors
-        self.sent_ns = 0
-        self.busy_ns = 0
-        self.on_finished = on_finished
-
-    def fail(self, error: EnginehouseError) -> None:
-        now_ns = time.monotonic_ns()
-        start_ns = self.sent_ns or now_ns
-        self.release(ExecutionTimes(start_ns, start_ns, now_ns, now_ns), error)
-        self.on_finished(self)
 
 
 Act = Callable[[int, memoryview], None]

@@ -13,7 +13,8 @@ from enginehouse.execution import messages as m
 from enginehouse.execution.contract import HostHealth, HostState
 from enginehouse.execution.hosting_plan import ProcessKey
 from enginehouse.execution.joiners import joiner_of
-from enginehouse.execution.process_host import HostProcess, ProcessGenerative, ProcessInstance, Tenant
+from enginehouse.execution.process_host import HostProcess, Tenant
+from enginehouse.execution.process_instances import ProcessGenerative, ProcessInstance
 from enginehouse.execution.supervision import CrashHistory, SupervisionPolicy
 
 KeyOf = Callable[[Placement], ProcessKey]

@@ -31,6 +31,8 @@ _BOOTSTRAP = (
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )
 NURSERY_TIMEOUT_S = 20.0
+FORK_TIMEOUT_S = 2.0
+"""The loop waits for a fork, which takes milliseconds; a nursery that takes longer is done without."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 _logger = logging.getLogger("enginehouse.execution")
@@ -156,7 +158,7 @@ class Spawner:
             ours.close()
             _logger.warning("the nursery of workers does not start: each worker is a fresh interpreter")
             return
-        ours.settimeout(NURSERY_TIMEOUT_S)
+        ours.settimeout(FORK_TIMEOUT_S)
         self._to_nursery = ours
 
     @staticmethod

@@ -1,0 +1,152 @@
+"""Instances and engines in workers, as schedulers and the core see them; they outlive the workers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from enginehouse.backend import Placement
+from enginehouse.config.schema import ModelConfig
+from enginehouse.errors import EnginehouseError, FailureReason, Unavailable
+from enginehouse.execution import messages as m
+from enginehouse.execution.answering import WorkerBatch
+from enginehouse.execution.contract import Batch
+from enginehouse.execution.process import WorkerProcess
+from enginehouse.execution.running import as_error
+from enginehouse.types import GenerateRequest, InferRequest, MetricFamily, TokenEvent
+
+if TYPE_CHECKING:
+    from enginehouse.execution.process_model import ProcessHostedModel
+
+QUICK_BATCH_NS = 1_000_000
+"""Below it the way between two batches is worth hiding: the next one waits in the worker already."""
+_SMOOTHING = 0.1
+
+
+class ProcessInstance:
+    """An InstanceHandle over an instance in a worker; outlives the workers that it lives in."""
+
+    def __init__(self, model: ProcessHostedModel, placement: Placement) -> None:
+        self.name = placement.name
+        self.device = placement.device
+        self.group = placement.group
+        self.placement = placement
+        self.model = model
+        self.worker: WorkerProcess | None = None
+        self.instance_id = 0
+        self.slot = 0
+        self.kind = ""
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._is_retiring = False
+        self._running: set[WorkerBatch] = set()
+        self._may_stage = stages_batches(model.config)
+        self._batch_ns = float(QUICK_BATCH_NS)
+
+    @property
+    def num_slots(self) -> int:
+        """Two while batches are quick, so that one waits in the worker for the other's end."""
+        return 2 if self._may_stage and self._batch_ns < QUICK_BATCH_NS else 1
+
+    @property
+    def available(self) -> bool:
+        return self.worker is not None and self.worker.alive and not self._is_retiring
+
+    async def retire(self) -> None:
+        """Takes no further batches; returns when it has finished those it has."""
+        self._is_retiring = True
+        await self.idle.wait()
+
+    def execute(self, batch: Batch) -> None:
+        model = self.model
+        running = WorkerBatch(
+            batch,
+            model.name,
+            model.version_text,
+            model.joiner,
+            self.instance_id,
+            self.slot,
+            self.kind == "tensors",
+            self._on_finished,
+        )
+        self._running.add(running)
+        self.idle.clear()
+        if self.worker is None or not self.worker.alive:
+            error = Unavailable(f"instance '{self.name}' is not running", reason=FailureReason.BACKEND)
+            asyncio.get_running_loop().call_soon(running.fail, error)
+            return
+        try:
+            self.worker.execute(running)
+        except Exception as problem:  # requests that can't be joined
+            self.worker.batches.pop(running.batch_id, None)
+            asyncio.get_running_loop().call_soon(running.fail, as_error(problem))
+
+    def cancel(self, request: InferRequest) -> None:
+        for running in self._running:
+            index = running.index_of(request)
+            if index is not None and self.worker is not None:
+                self.worker.cancel(running, index)
+                return
+
+    def _on_finished(self, running: WorkerBatch) -> None:
+        self._batch_ns += _SMOOTHING * (running.busy_ns - self._batch_ns)
+        self._running.discard(running)
+        if not self._running:
+            self.idle.set()
+
+
+def stages_batches(config: ModelConfig) -> bool:
+    """Only where nobody waits for a batch to fill, a sequence to go on, or a resource to come free."""
+    if config.HasField("dynamic_batching") or config.HasField("sequence_batching"):
+        return False
+    return not any(group.HasField("rate_limiter") for group in config.instance_group)
+
+
+class ProcessGenerative:
+    """A GenerativeHandle over an engine in a worker."""
+
+    def __init__(self, instance: ProcessInstance) -> None:
+        self._instance = instance
+        self._emit_by_request: dict[str, Callable[[TokenEvent], None]] = {}
+
+    def submit(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None:
+        worker = self._instance.worker
+        if worker is None or not worker.alive:
+            raise Unavailable(f"the engine of model '{self._instance.model.name}' is not running")
+        self._emit_by_request[request.id] = emit
+        worker.channel.send(m.Generate(self._instance.instance_id, request))
+
+    def cancel(self, request_id: str) -> None:
+        if self._instance.worker is not None and request_id in self._emit_by_request:
+            self._instance.worker.channel.send(m.CancelGenerate(self._instance.instance_id, request_id))
+
+    async def metrics(self) -> Sequence[MetricFamily]:
+        worker = self._instance.worker
+        if worker is None or not worker.alive:
+            return ()
+        values = await worker.call(partial(_engine_metrics, self._instance.instance_id), 5.0)
+        return msgspec.convert(values, list[MetricFamily])
+
+    def on_events(self, events: Sequence[TokenEvent]) -> None:
+        for event in events:
+            emit = self._emit_by_request.get(event.request_id)
+            if emit is None:
+                continue
+            if event.finish_reason is not None or event.error is not None:
+                del self._emit_by_request[event.request_id]
+            emit(event)
+
+    def on_refused(self, request_id: str, error: EnginehouseError) -> None:
+        self.on_events([TokenEvent(request_id, error=error)])
+
+    def fail_all(self, reason: str) -> None:
+        for request_id in list(self._emit_by_request):
+            self.on_refused(request_id, Unavailable(reason, reason=FailureReason.BACKEND))
+
+
+def _engine_metrics(instance_id: int, call_id: int) -> m.EngineMetrics:
+    return m.EngineMetrics(call_id, instance_id)
