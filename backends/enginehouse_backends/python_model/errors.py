@@ -8,6 +8,9 @@ from typing import ClassVar
 from enginehouse.errors import EnginehouseError, ErrorCode, error_of
 
 _MACHINERY = ("enginehouse_backends/python_model/backend.py", "enginehouse_backends/python_model/loading.py")
+_PACKAGE = "enginehouse_backends/python_model/"
+_INTERFACE_IN_PYTHON = _PACKAGE + "triton_python_backend_utils.py"
+_TYPES = "enginehouse/types.py"
 
 
 class TritonModelException(Exception):
@@ -35,6 +38,8 @@ class TritonError:
     __slots__ = ("_code", "_message")
 
     def __init__(self, message: str, code: int = INTERNAL) -> None:
+        if code not in _CODES:
+            raise TypeError(f"TritonError(message: str, code: int): {code!r} is none of its codes")
         self._message = str(message)
         self._code = code
 
@@ -71,8 +76,8 @@ def to_model(error: EnginehouseError) -> TritonError:
 
 def describe(problem: BaseException) -> str:
     """The exception as Triton's clients read it: type, text, then the frames, innermost first."""
-    text = f"{type(problem).__name__}: {problem}"
-    places = list(_places(problem.__traceback__))
+    text = f"{type(problem).__name__}: {str(problem) or '<EMPTY MESSAGE>'}"
+    places = [place for place in _places(problem.__traceback__) if not _is_interface(place[0])]
     if not places:
         return text
     lines = "".join(f"  {code.co_filename}({line}): {code.co_name}\n" for code, line in places)
@@ -93,6 +98,13 @@ def _places(traceback: TracebackType | None) -> list[tuple[CodeType, int]]:
         places.append((frame.f_code, frame.f_lineno))
         frame = frame.f_back
     return places
+
+
+def _is_interface(code: CodeType) -> bool:
+    """Frames that Triton's clients don't see, because its interface is not Python; all but the config's setters."""
+    if code.co_filename.endswith(_INTERFACE_IN_PYTHON):
+        return not code.co_name.startswith(("add_", "set_"))
+    return _PACKAGE in code.co_filename or code.co_filename.endswith(_TYPES)
 
 
 def _is_machinery(code: CodeType) -> bool:

@@ -34,6 +34,8 @@ class InferenceResponse:
                     if tensor is None
                     else f"Expected a 'Tensor' in output_tensors, found type '{type(tensor)}'."
                 )
+        if error is not None and not isinstance(error, TritonError):
+            raise TypeError(f"InferenceResponse(error: TritonError): found type '{type(error)}'")
         self._output_tensors = output_tensors
         self._error = error
         self._parameters = check_parameters(parameters)

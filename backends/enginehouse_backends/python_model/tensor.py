@@ -33,12 +33,8 @@ class Tensor:
         if not isinstance(numpy_array, np.ndarray):
             raise TritonModelException(f"Tensor '{name}' needs a numpy array, found '{type(numpy_array).__name__}'.")
         kind = numpy_array.dtype.kind
-        if kind in "UV":
-            raise TritonModelException(
-                "Tensor dtype used for numpy_array is not support by Python backend. Please use np.object_ instead."
-            )
         if kind not in "OS" and numpy_array.dtype not in _DATATYPE_BY_NUMPY:
-            raise TritonModelException(f"Tensor '{name}': numpy's {numpy_array.dtype} has no Triton data type.")
+            raise TritonModelException("NumPy dtype is not supported.")
         self._name = name
         self._array: Array | None = numpy_array
         self._wire: WireTensor | None = None
