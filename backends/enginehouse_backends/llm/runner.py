@@ -50,6 +50,9 @@ class StepInput:
     """[len(sampled)] into wanted rows."""
     followed: Sequence[FollowedToken] = field(default_factory=tuple)
     """Prompt tokens whose logprobs are wanted."""
+    unseen: Sequence[tuple[int, int]] = field(default_factory=tuple)
+    """(row of T, index into the previous step's `sampled`): tokens that only the device knows yet. Given by an
+    engine that starts a step before it has finished the one before; `tokens` holds anything there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +86,32 @@ class StepOutput:
     followed: Sequence[RowLogprobs] = ()
 
 
+class RunningStep(ABC):
+    """A step that was started. Finish them in the order in which they were started, each once."""
+
+    may_overlap = False
+    """Whether the next step may be started before this one is finished: all its tokens are chosen on the device."""
+
+    @abstractmethod
+    def finish(self) -> StepOutput:
+        """Blocks until the tokens are known."""
+
+
+class FinishedStep(RunningStep):
+    """Of a runner that does a step in one go."""
+
+    def __init__(self, output: StepOutput) -> None:
+        self._output = output
+
+    def finish(self) -> StepOutput:
+        return self._output
+
+
 class Runner(ABC):
     """One model on one device group, with its weights."""
+
+    is_asynchronous = False
+    """Whether `start` returns before the step is done, so that the next one can be planned meanwhile."""
 
     max_wanted: int
     """Most rows whose logits a step may want."""
@@ -105,6 +132,10 @@ class Runner(ABC):
     @abstractmethod
     def run(self, step: StepInput) -> StepOutput:
         """Computes and samples. Blocks until the tokens are known."""
+
+    def start(self, step: StepInput) -> RunningStep:
+        """As `run`, in two parts. At most two steps may be unfinished."""
+        return FinishedStep(self.run(step))
 
     @abstractmethod
     def copy_blocks(self, source_places: IntArray, target_places: IntArray) -> None:

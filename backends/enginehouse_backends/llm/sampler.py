@@ -207,14 +207,23 @@ def _draw_sorted(
     return torch.where(enough, chosen, -1)
 
 
+def row_seeds(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.int64]:
+    """A 64-bit number for each (seed, position), for generators that make their own draws of it."""
+    return _bits(seeds, positions).view(np.int64)
+
+
 def uniform(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each (seed, position): SplitMix64's output function, twice."""
+    return (_bits(seeds, positions) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _bits(seeds: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.uint64]:
     states = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
     with np.errstate(over="ignore"):
         mixed = _mix(states + np.uint64(0x9E3779B97F4A7C15))
         steps = np.array(positions, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
-        bits = _mix(mixed + steps)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        bits: npt.NDArray[np.uint64] = _mix(mixed + steps)
+    return bits
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -140,8 +140,8 @@ def decode_attention(
 ) -> None:
     """query, out: [tokens, query heads * head_dim]; keys of the step are cached already.
 
-    sequences: [programs] int32, those with one query token each; negative for padding, whose rows of `out` stay
-    as they are.
+    sequences: [programs] int32, those with one query token each; negative for padding, whose own places among the
+    rows of `out` become zeros: only where all sequences of a step decode.
     """
     _, block_tokens, num_kv_heads, head_dim = cache.key.shape
     num_sequences, num_heads = sequences.shape[0], query.shape[1] // head_dim

@@ -219,16 +219,22 @@ def decode_kernel(
 ):
     """Program (place in `sequences`, kv head, split): one query token against its share of the cached tokens.
 
-    Negative sequences are padding. Shares are whole tiles of the length that is in `seq_lens` when the kernel
-    runs, so one captured graph serves every length. partial_out: [programs, query heads, splits, head] float32;
-    each split is a finished softmax, with its log-sum (base 2) in partial_log_sum.
+    Negative sequences are padding: the row at their own place becomes zeros. Shares are whole tiles of the length
+    that is in `seq_lens` when the kernel runs, so one captured graph serves every length. partial_out: [programs,
+    query heads, splits, head] float32; each split is a finished softmax, its log-sum (base 2) in partial_log_sum.
     """
     index = tl.program_id(0).to(tl.int64)
     sequence = tl.load(sequences + index)
-    if sequence < 0:
-        return
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    if sequence < 0:
+        if NUM_SPLITS == 1:
+            width = GROUP * HEAD_DIM
+            for first in range(0, width, BLOCK_HEAD):
+                inner = first + tl.arange(0, BLOCK_HEAD)
+                at = out + index * out_stride + kv_head * width + inner
+                tl.store(at, tl.zeros([BLOCK_HEAD], out.dtype.element_ty), mask=inner < width)
+        return
     token = tl.load(query_starts + sequence).to(tl.int64)
     seq_len = tl.load(seq_lens + sequence)
     first = 0
@@ -299,12 +305,14 @@ def reduce_splits_kernel(
     """Program (place in `sequences`, query head): the splits' results by weight; empty ones weigh nothing."""
     index = tl.program_id(0).to(tl.int64)
     sequence = tl.load(sequences + index)
-    if sequence < 0:
-        return
     head = tl.program_id(1)
     row = index * tl.num_programs(1) + head
     splits = tl.arange(0, BLOCK_SPLITS)
     columns = tl.arange(0, BLOCK_HEAD)
+    if sequence < 0:
+        at = out + index * out_stride + head * HEAD_DIM + columns
+        tl.store(at, tl.zeros([BLOCK_HEAD], out.dtype.element_ty), mask=columns < HEAD_DIM)
+        return
     log_sums = tl.load(partial_log_sum + row * NUM_SPLITS + splits, mask=splits < NUM_SPLITS, other=float("-inf"))
     maximum = tl.max(log_sums, axis=0)
     weights = tl.exp2(log_sums - tl.where(maximum == float("-inf"), 0.0, maximum))
