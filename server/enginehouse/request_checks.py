@@ -143,7 +143,8 @@ class RequestChecks:
             )
         batched = self._max_batch_size > 0 and not rule.is_shape_tensor
         shape = tensor.shape[1:] if batched else tensor.shape
-        if min(tensor.shape, default=0) < 0:
+        fits = _fits(rule.dims, shape)
+        if min(tensor.shape if fits else shape, default=0) < 0:
             raise InvalidArgument(
                 of_request(
                     request,
@@ -151,7 +152,7 @@ class RequestChecks:
                     f"got {_dims(tensor.shape)}",
                 )
             )
-        if not _fits(rule.dims, shape):
+        if not fits:
             expected = (-1, *rule.dims) if batched else rule.dims
             raise InvalidArgument(
                 of_request(

@@ -76,6 +76,14 @@ def test_wrong_shape_is_told_with_the_batch_axis() -> None:
     assert text.startswith(NOBODY + "unexpected shape for input 'A' for model 'm'. Expected [-1,2], got [1,3]. NOTE: ")
 
 
+def test_a_negative_batch_axis_is_no_dimension_of_the_input() -> None:
+    request = request_with(A=ints(1, 2), B=ints(1, 2))
+    request.inputs = {name: Tensor(name, DataType.INT32, (-1,), memoryview(b"")) for name in "AB"}
+    assert "unexpected shape for input 'B' for model 'm'. Expected [-1,-1], got [-1]." in refusal(
+        checks_of(PAIR), request
+    )
+
+
 def test_unknown_names_are_told_without_the_request_id() -> None:
     checks = checks_of(PAIR)
     assert refusal(checks, request_with(A=ints(1, 2), X=ints(1, 2))) == "unexpected inference input 'X' for model 'm'"
