@@ -59,6 +59,7 @@ format: $(VENV)/installed-tests
 bench: $(VENV)/installed-tests examples  ## requests a second beside a bare loop (and Triton, after `make peer`)
 	$(BIN)/python -m tests.bench --report docs/benchmarks.md
 	$(BIN)/python -m tests.bench.mixed_lengths
+	$(BIN)/python -m tests.bench.length_policies
 	$(BIN)/python tests/bench/execution_cost.py
 
 peer: $(VENV)/installed-tests  ## install a real Triton beside us (build/peer) and compare with it
