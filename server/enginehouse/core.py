@@ -111,6 +111,13 @@ class Core:
         """Raises NotFound for an unknown model or version, Unavailable for one that is not ready."""
         return self.registry.find(name, version)
 
+    def model_now(self, name: str, version: str = "") -> ServedVersion | None:
+        """As `loaded_model`, or None where that would wait or raise."""
+        try:
+            return self.registry.find(name, version)
+        except EnginehouseError:
+            return None
+
     async def loaded_model(self, name: str, version: str = "") -> ServedVersion:
         """As `model`; loads a model that is to be loaded on demand."""
         if self._must_load(name):

@@ -8,10 +8,10 @@ write into itself (`body_space`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from enginehouse.frontends.http_message import Buffer
+from enginehouse.frontends.http_message import HttpRequest
 
 MAX_HEAD_BYTES = 65536
 MAX_HEADERS = 256
@@ -30,18 +30,14 @@ class BadRequest(Exception):
 
 
 class HeaderMap:
-    """The fields of one request. `get` wants the name in lower case or finds it slowly."""
+    """The fields of one request. `get` wants the name in lower case."""
 
-    __slots__ = ("_by_name", "_fields")
+    __slots__ = ("_fields", "get")
 
     def __init__(self, fields: list[tuple[str, str, str]]) -> None:
         """`fields`: lower-case name, name as written, value. The first of equal names counts."""
         self._fields = fields
-        self._by_name = {name: value for name, _, value in reversed(fields)}
-
-    def get(self, name: str) -> str | None:
-        found = self._by_name.get(name)
-        return found if found is not None else self._by_name.get(name.lower())
+        self.get: Callable[[str], str | None] = {name: value for name, _, value in reversed(fields)}.get
 
     def items(self) -> Iterable[tuple[str, str]]:
         return [(written, value) for _, written, value in self._fields]
@@ -52,19 +48,18 @@ class HeaderMap:
 
 
 @dataclass(slots=True)
-class Request:
+class Request(HttpRequest):
     """One request. `too_large` and `too_many_chunks` say why its body was thrown away."""
 
-    method: str
-    path: str
-    query: str
-    headers: HeaderMap
-    minor_version: int
-    keep_alive: bool
-    body: Buffer = b""
+    minor_version: int = 1
+    keep_alive: bool = True
     body_bytes: int = 0
     too_large: bool = False
     too_many_chunks: bool = False
+
+    @property
+    def is_refused(self) -> bool:
+        return self.too_large or self.too_many_chunks
 
 
 # Clients send the same lines again and again; parsed ones are remembered.
@@ -85,8 +80,40 @@ def _parse_line(line: str) -> tuple[str, str, str]:
     return field
 
 
-def parse_head(head: bytes) -> Request:
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a request's lines say, the body apart. `body_bytes` None: the body comes in chunks."""
+
+    method: str
+    path: str
+    query: str
+    headers: HeaderMap
+    minor_version: int
+    keep_alive: bool
+    body_bytes: int | None
+    expects_continue: bool
+
+
+# A client's heads are often all the same, as are the lengths of its bodies.
+_known_heads: dict[bytes, Head] = {}
+_MAX_KNOWN_HEADS = 1024
+_MAX_KNOWN_HEAD_BYTES = 1024
+
+
+def parse_head(head: bytes) -> Head:
     """`head` is everything before the empty line. Raises BadRequest."""
+    known = _known_heads.get(head)
+    if known is not None:
+        return known
+    found = _parse_head(head)
+    if len(head) <= _MAX_KNOWN_HEAD_BYTES:
+        if len(_known_heads) >= _MAX_KNOWN_HEADS:
+            _known_heads.clear()
+        _known_heads[head] = found
+    return found
+
+
+def _parse_head(head: bytes) -> Head:
     first, _, rest = head.partition(b"\r\n")
     match = _REQUEST_LINE.fullmatch(first)
     if match is None:
@@ -104,7 +131,16 @@ def parse_head(head: bytes) -> Request:
         target = _ABSOLUTE.sub("", target, count=1) or "/"
     path, _, query = target.partition("?")
     minor = match[3][0] - 48
-    return Request(match[1].decode("ascii"), path, query, headers, minor, _keeps_alive(headers, minor))
+    return Head(
+        match[1].decode("ascii"),
+        path,
+        query,
+        headers,
+        minor,
+        _keeps_alive(headers, minor),
+        _body_length(headers, minor),
+        (headers.get("expect") or "").lower() == "100-continue",
+    )
 
 
 def _text(target: bytes) -> str:
@@ -125,14 +161,13 @@ def _keeps_alive(headers: HeaderMap, minor_version: int) -> bool:
     return minor_version == 1 or "keep-alive" in tokens
 
 
-def body_length(request: Request) -> int | None:
+def _body_length(headers: HeaderMap, minor_version: int) -> int | None:
     """Bytes of the body; None if it comes in chunks. Raises BadRequest for contradictions."""
-    headers = request.headers
     coding = headers.get("transfer-encoding")
     length = headers.get("content-length")
     if coding is not None:
         several = len(headers.values("transfer-encoding")) > 1
-        if length is not None or request.minor_version == 0 or several or coding.lower() != "chunked":
+        if length is not None or minor_version == 0 or several or coding.lower() != "chunked":
             raise BadRequest("transfer-encoding other than chunked, or beside a content-length")
         return None
     if length is None:
@@ -218,17 +253,23 @@ class Parser:
             _refuse_early(data)
             self._pending = data
             return b""
-        request = parse_head(data[:end])
-        length = body_length(request)
+        head = parse_head(data[:end])
+        length = head.body_bytes
+        request = Request(
+            head.method,
+            head.path,
+            head.query,
+            head.headers,
+            minor_version=head.minor_version,
+            keep_alive=head.keep_alive,
+        )
         rest = data[end + 4 :]
         if length is not None and length <= len(rest) and not self._over_limit(length):
             request.body, request.body_bytes = rest[:length], length
             done.append(request)
             return rest[length:]
         self._begin_body(request, length)
-        if not rest:
-            expect = request.headers.get("expect")
-            self.wants_continue = expect is not None and expect.lower() == "100-continue"
+        self.wants_continue = head.expects_continue and not rest
         return rest
 
     def _over_limit(self, num_bytes: int) -> bool:

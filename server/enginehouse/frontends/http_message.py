@@ -23,9 +23,10 @@ EVENTS = "text/event-stream; charset=utf-8"
 
 
 class Headers(Protocol):
-    """Names are found in any case; `items` gives them as the client wrote them."""
+    """`get` finds names that are given in lower case; `items` has them as the client wrote them."""
 
-    def get(self, name: str) -> str | None: ...
+    @property
+    def get(self) -> Callable[[str], str | None]: ...
     def items(self) -> Iterable[tuple[str, str]]: ...
 
 
@@ -37,7 +38,7 @@ class HttpRequest:
     path: str
     query: str
     headers: Headers
-    body: Buffer
+    body: Buffer = b""
     received_ns: int = 0
 
 

@@ -1,7 +1,7 @@
 """HTTP/1.1 under the handlers: sockets, keep-alive, backpressure, clients that leave.
 
-One task for each request, one request at a time for each connection. What is no HTTP closes the connection,
-as Triton does. A client that leaves cancels its handler.
+One request at a time for each connection, in a task of its own unless its handler gives a Pending. What is no
+HTTP closes the connection, as Triton does. A client that leaves cancels its handler.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from enginehouse.frontends.http_message import (
     Reply,
     error_response,
 )
+from enginehouse.frontends.pending import Pending
 
 Handle: TypeAlias = Callable[[HttpRequest], Awaitable[Reply]]
 RefuseLarge: TypeAlias = Callable[[Request, int], HttpResponse]
@@ -66,6 +67,7 @@ class HttpServer:
         self._reuse_port = reuse_port
         self._refuse_large = refuse_large or _refuse_large
         self.connections: set[_Connection] = set()
+        self._all_gone: asyncio.Future[None] | None = None
         self._listener: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self.stopping = False
@@ -100,21 +102,24 @@ class HttpServer:
             self._listener.close()
         for connection in list(self.connections):
             connection.close_when_idle()
-        tasks = [task for connection in self.connections if (task := connection.task) is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=grace_s)
+        if self.connections:
+            self._all_gone = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._all_gone], timeout=grace_s)
         for connection in list(self.connections):
             connection.abort()
 
-    def refusal(self, request: Request) -> HttpResponse | None:
+    def forget(self, connection: _Connection) -> None:
+        self.connections.discard(connection)
+        if self._all_gone is not None and not self.connections and not self._all_gone.done():
+            self._all_gone.set_result(None)
+
+    async def refusal(self, request: Request) -> Reply:
         """The answer to a request whose body was thrown away."""
         if request.too_large:
             return self._refuse_large(request, self.max_body_bytes)
-        if request.too_many_chunks:
-            return error_response(
-                InvalidArgument(f"Chunked request body exceeds maximum of {MAX_CHUNKS} non-empty chunks")
-            )
-        return None
+        return error_response(
+            InvalidArgument(f"Chunked request body exceeds maximum of {MAX_CHUNKS} non-empty chunks")
+        )
 
     def _close_stalled(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
@@ -138,6 +143,8 @@ class _Connection(asyncio.BufferedProtocol):
         self._reading_paused = False
         self._close_after: bool = False
         self._last_heard = loop.time()
+        self._answering: tuple[Request, Pending[HttpResponse]] | None = None
+        """What is answered without a task."""
         self.task: asyncio.Task[None] | None = None
 
     # --- asyncio's side
@@ -147,13 +154,15 @@ class _Connection(asyncio.BufferedProtocol):
         self._server.connections.add(self)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._server.connections.discard(self)
         self._transport = None
         self._waiting.clear()
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
         if self.task is not None:
             self.task.cancel()
+        if self._answering is not None:
+            self._answering[1].leave()
+        self._server.forget(self)
 
     def eof_received(self) -> bool:
         return False  # who sends no more listens no more
@@ -183,7 +192,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._close_after = True
             self._close_if_idle()
             return
-        if self._parser.wants_continue and self._transport is not None and not self._busy:
+        if self._parser.wants_continue and self._transport is not None and not self.is_busy:
             self._parser.wants_continue = False
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -198,15 +207,15 @@ class _Connection(asyncio.BufferedProtocol):
     # --- closing
 
     @property
-    def _busy(self) -> bool:
-        return self.task is not None
+    def is_busy(self) -> bool:
+        return self.task is not None or self._answering is not None
 
     def close_when_idle(self) -> None:
         self._close_after = True
         self._close_if_idle()
 
     def _close_if_idle(self) -> None:
-        if not self._busy and not self._waiting and self._transport is not None:
+        if not self.is_busy and not self._waiting and self._transport is not None:
             self._transport.close()
 
     def abort(self) -> None:
@@ -215,7 +224,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def close_if_stalled(self, now: float) -> None:
         silent_s = now - self._last_heard
-        if not self._busy and silent_s > (_STALL_S if self._parser.in_request else _IDLE_S):
+        if not self.is_busy and silent_s > (_STALL_S if self._parser.in_request else _IDLE_S):
             self.abort()
 
     # --- requests
@@ -226,7 +235,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._waiting.append(request)
         if not request.keep_alive:
             self._close_after = True
-        if self.task is None:
+        if not self.is_busy:
             self._next()
         elif len(self._waiting) >= _MAX_PIPELINED and self._transport is not None:
             self._reading_paused = True
@@ -234,9 +243,8 @@ class _Connection(asyncio.BufferedProtocol):
 
     def _next(self) -> None:
         if self._waiting and self._transport is not None:
-            self.task = self._loop.create_task(self._serve(self._waiting.popleft()))
+            self._begin(self._waiting.popleft())
             return
-        self.task = None
         if self._transport is None:
             return
         if self._close_after:
@@ -245,20 +253,46 @@ class _Connection(asyncio.BufferedProtocol):
             self._reading_paused = False
             self._transport.resume_reading()
 
-    async def _serve(self, request: Request) -> None:
+    def _begin(self, request: Request) -> None:
+        request.received_ns = time.monotonic_ns()
+        if request.is_refused:
+            self.task = self._loop.create_task(self._serve(request, self._server.refusal(request)))
+            return
+        answer = self._server.handle(request)
+        if isinstance(answer, Pending):
+            self._answering = (request, answer)
+            answer.then(self._finish)
+        else:
+            self.task = self._loop.create_task(self._serve(request, answer))
+
+    def _finish(self, reply: HttpResponse | Exception) -> None:
+        """Writes the answer to what `_answering` says."""
+        assert self._answering is not None, "a pending reply comes once"
+        request, self._answering = self._answering[0], None
+        transport = self._transport
         try:
-            reply: Reply | None = self._server.refusal(request)
-            if reply is None:
-                reply = await self._server.handle(
-                    HttpRequest(
-                        request.method,
-                        request.path,
-                        request.query,
-                        request.headers,
-                        request.body,
-                        time.monotonic_ns(),
-                    )
-                )
+            if isinstance(reply, Exception):
+                raise reply
+            if transport is not None:
+                self._write_whole(transport, request, reply)
+            if reply.on_sent is not None:
+                reply.on_sent()
+        except Exception as error:
+            _logger.error("HTTP connection failed", exc_info=error)
+            self.abort()
+        if self._writable is not None:
+            self.task = self._loop.create_task(self._wait_and_go_on(self._writable))
+        else:
+            self._next()
+
+    async def _wait_and_go_on(self, writable: asyncio.Future[None]) -> None:
+        await writable
+        self.task = None
+        self._next()
+
+    async def _serve(self, request: Request, answer: Awaitable[Reply]) -> None:
+        try:
+            reply = await answer
             try:
                 await self._write(request, reply)
             finally:
@@ -271,25 +305,33 @@ class _Connection(asyncio.BufferedProtocol):
         except Exception as error:
             _logger.error("HTTP connection failed", exc_info=error)
             self.abort()
+        self.task = None
         self._next()
 
     async def _write(self, request: Request, reply: Reply) -> None:
         transport = self._transport
         if transport is None:
             return
-        last = (self._close_after and not self._waiting) or self._server.stopping
         if isinstance(reply, HttpStream):
-            await self._write_stream(transport, request, reply, last)
+            await self._write_stream(transport, request, reply, self._is_last())
             return
         if isinstance(reply, HttpPush):
-            await self._push(transport, request, reply, last)
+            await self._push(transport, request, reply, self._is_last())
             return
+        self._write_whole(transport, request, reply)
+        if self._writable is not None:
+            await self._writable
+
+    def _is_last(self) -> bool:
+        return (self._close_after and not self._waiting) or self._server.stopping
+
+    def _write_whole(self, transport: asyncio.Transport, request: Request, reply: HttpResponse) -> None:
         size = 0
         for part in reply.body:
             size += len(part)
         chunked = reply.chunked and request.minor_version == 1
         framing = "Transfer-Encoding: chunked\r\n" if chunked else f"Content-Length: {size}\r\n"
-        head = _head(reply, framing, request, last)
+        head = _head(reply, framing, request, self._is_last())
         if request.method == "HEAD":
             transport.write(head)
         elif chunked:
@@ -298,8 +340,6 @@ class _Connection(asyncio.BufferedProtocol):
             transport.write(b"".join((head, *reply.body)))
         else:
             transport.writelines((head, *reply.body))
-        if self._writable is not None:
-            await self._writable
 
     async def _write_stream(
         self, transport: asyncio.Transport, request: Request, reply: HttpStream, last: bool

@@ -4,36 +4,83 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import TypeVar
 
-from enginehouse.core import Core
+from enginehouse.core import Core, ServedVersion
 from enginehouse.errors import Internal
+from enginehouse.frontends.output_options import OutputOptions
+from enginehouse.frontends.pending import Pending
+from enginehouse.frontends.request_traces import RequestTraces
 from enginehouse.types import InferRequest, InferResponse
 
+T = TypeVar("T")
 
-async def infer_once(core: Core, request: InferRequest) -> InferResponse:
-    """The answer, with the model's error in `error`. Raises only what `submit` refused the request with.
 
-    Cancelling the task cancels the request.
-    """
-    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    answers: list[InferResponse] = []
+class Exchange(Pending[T]):
+    """One request and its one answer, without a task. A subclass makes the answer that its protocol sends."""
 
-    def sink(response: InferResponse) -> None:
-        if response.has_response or response.error is not None:
-            answers.append(response)
-        if response.final and not done.done():
-            done.set_result(None)
+    __slots__ = ("_answer", "_has_left", "_traces", "options", "request", "served")
 
-    request.sink = sink
-    core.submit(request)
-    try:
-        await done
-    except asyncio.CancelledError:
-        request.cancel()
-        raise
-    if not answers:
-        return InferResponse(error=Internal(f"model '{request.model_name}' gave no response"))
-    return answers[0]
+    def __init__(
+        self, request: InferRequest, options: OutputOptions, served: ServedVersion, traces: RequestTraces
+    ) -> None:
+        super().__init__()
+        self.request = request
+        self.options = options
+        self.served = served
+        self._traces = traces
+        self._answer: InferResponse | None = None
+        self._has_left = False
+
+    def encode(self, response: InferResponse) -> T:
+        """Raises what the client shall be told. `response.error` is None."""
+        raise NotImplementedError
+
+    def failed(self, error: Exception) -> T | Exception:
+        """What the client gets instead of an answer, where the model failed or its answer can't be encoded."""
+        return error
+
+    def submit(self, core: Core) -> None:
+        """Raises what the core refuses the request with; then `refuse` is to be called."""
+        self.request.sink = self._take_response
+        core.submit(self.request)
+
+    def refuse(self, result: T | Exception) -> None:
+        """The request can't be submitted; the client gets that."""
+        self._end()
+        self.resolve(result)
+
+    def leave(self) -> None:
+        self._has_left = True
+        self.request.cancel()
+
+    def _take_response(self, response: InferResponse) -> None:
+        if self._answer is None and (response.has_response or response.error is not None):
+            self._answer = response
+        if not response.final:
+            return
+        if self._has_left:
+            self._end()
+            return
+        self.resolve(self._outcome())
+
+    def _outcome(self) -> T | Exception:
+        answer = self._answer
+        try:
+            if answer is None:
+                raise Internal(f"model '{self.request.model_name}' gave no response")
+            if answer.error is not None:
+                raise answer.error
+            return self.encode(answer)
+        except Exception as error:
+            return self.failed(error)
+        finally:
+            if self.options.leases:
+                self.options.release()
+
+    def _end(self) -> None:
+        self.options.release()
+        self._traces.abandon(self.request)
 
 
 class AnswerStream:

@@ -95,6 +95,10 @@ class HeaderForwarding:
         flags = 0 if exact else re.IGNORECASE
         self._pattern = re.compile(pattern.removeprefix("(?-i)"), flags) if pattern else None
 
+    @property
+    def is_on(self) -> bool:
+        return self._pattern is not None
+
     def apply(self, request: InferRequest, headers: Iterable[tuple[str, str]]) -> None:
         if self._pattern is None:
             return

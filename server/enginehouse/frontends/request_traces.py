@@ -24,9 +24,13 @@ class RequestTraces:
         self._sending = f"{protocol}_SEND_START"
         self._sent = f"{protocol}_SEND_END"
 
+    @property
+    def is_on(self) -> bool:
+        return self._tracing is not None and bool(self._tracing.enabled)
+
     def begin(self, request: InferRequest, headers: Iterable[tuple[str, str]]) -> None:
         """Before `submit`: gives the request a trace if it is one of those to trace."""
-        if self._tracing is None or not self._tracing.enabled:
+        if not self.is_on:
             return
         lowered = {name.lower(): value for name, value in headers}
         request.trace = self._tracing.sample(request.model_name, lowered)

@@ -35,7 +35,7 @@ class RestrictedApis:
         if secret is None:
             return None
         name, value = secret
-        return None if header(name) == value else name
+        return None if header(name.lower()) == value else name
 
     def __bool__(self) -> bool:
         return bool(self._secrets)

@@ -49,7 +49,7 @@ class _WithLength:
         self._length = length
 
     def get(self, name: str) -> str | None:
-        return self._length if name.lower() == _LOWERED else self._headers.get(name)
+        return self._length if name == _LOWERED else self._headers.get(name)
 
     def items(self) -> Iterable[tuple[str, str]]:
         return self._headers.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
@@ -11,13 +12,14 @@ from enginehouse.config.schema import ModelInferRequest
 from enginehouse.core import Core, ServedVersion
 from enginehouse.errors import Internal, Unsupported
 from enginehouse.frontends.grpc_call import GrpcCall
-from enginehouse.frontends.inference import infer_once
+from enginehouse.frontends.inference import Exchange
 from enginehouse.frontends.kserve_grpc.infer_codec import decode_infer, encode_response
 from enginehouse.frontends.output_options import OutputOption, OutputOptions
+from enginehouse.frontends.pending import Pending
 from enginehouse.frontends.request_parameters import HeaderForwarding
 from enginehouse.frontends.request_traces import RequestTraces
 from enginehouse.frontends.shared_memory.regions import Regions
-from enginehouse.types import InferRequest
+from enginehouse.types import InferRequest, InferResponse
 
 
 def parse(kind: type[Any], data: bytes) -> Any:
@@ -57,28 +59,43 @@ class InferMethod:
         self._core = core
         self._decoder = decoder
 
-    async def infer(self, data: bytes, call: GrpcCall) -> bytes:
+    def infer(self, data: bytes, call: GrpcCall) -> Awaitable[bytes]:
         message = parse(ModelInferRequest, data)
+        served = self._core.model_now(message.model_name, message.model_version)
+        if served is None:
+            return self._wait(message, call)
+        return self._exchange(message, served, call)
+
+    async def _wait(self, message: ModelInferRequest, call: GrpcCall) -> bytes:
         served = await self._core.loaded_model(message.model_name, message.model_version)
+        return await self._exchange(message, served, call)
+
+    def _exchange(self, message: ModelInferRequest, served: ServedVersion, call: GrpcCall) -> Pending[bytes]:
         if served.decoupled:
             raise Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
         options = OutputOptions()
         try:
             request, _ = self._decoder.request_of(message, options, call)
-            return await self._answer(request, options, served)
-        finally:
-            options.release()
-
-    async def _answer(self, request: InferRequest, options: OutputOptions, served: ServedVersion) -> bytes:
-        traces = self._decoder.traces
-        try:
-            response = await infer_once(self._core, request)
-            if response.error is not None:
-                raise response.error
-            answer = encode_response(response, options, served)
-            if (sent := traces.sending(request)) is not None:
-                sent()
-            return answer
         except BaseException:
-            traces.abandon(request)
+            options.release()
             raise
+        exchange = _Exchange(request, options, served, self._decoder.traces)
+        try:
+            exchange.submit(self._core)
+        except Exception as error:
+            exchange.refuse(error)
+        return exchange
+
+
+class _Exchange(Exchange[bytes]):
+    __slots__ = ()
+
+    def encode(self, response: InferResponse) -> bytes:
+        answer = encode_response(response, self.options, self.served)
+        if self.request.trace is not None and (sent := self._traces.sending(self.request)) is not None:
+            sent()
+        return answer
+
+    def failed(self, error: Exception) -> Exception:
+        self._traces.abandon(self.request)
+        return error

@@ -29,7 +29,8 @@ class V2Handlers:
     def __init__(self, core: Core, options: ServerOptions, regions: Regions) -> None:
         forwarding, traces = HeaderForwarding(options.http_header_forward_pattern), RequestTraces(core, "HTTP")
         generate = GenerateHandler(core, forwarding, traces)
-        self.infer: RouteHandler = InferHandler(core, regions, forwarding, traces, options.http_max_input_size).handle
+        self.inference = InferHandler(core, regions, forwarding, traces, options.http_max_input_size)
+        self.infer: RouteHandler = self.inference.handle
         self.generate: RouteHandler = generate.generate
         self.generate_stream: RouteHandler = generate.generate_stream
 
@@ -38,8 +39,9 @@ def v2_routes(core: Core, options: ServerOptions, regions: Regions) -> list[Rout
     models, repository = ModelHandlers(core), RepositoryHandlers(core)
     settings, memory = SettingHandlers(core), SharedMemoryHandlers(regions)
     inference = V2Handlers(core, options, regions)
+    fast = inference.inference.begin
     return [
-        Route(MODEL + "/infer", POST, Api.INFERENCE, inference.infer, not_allowed_type=TEXT),
+        Route(MODEL + "/infer", POST, Api.INFERENCE, inference.infer, not_allowed_type=TEXT, fast=fast),
         Route(MODEL + "/generate", POST, Api.INFERENCE, inference.generate),
         Route(MODEL + "/generate_stream", POST, Api.INFERENCE, inference.generate_stream),
         Route("/v2/health/live", GET, Api.HEALTH, models.live, TEXT, TEXT),

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from enginehouse.core import Core, ServedVersion
 from enginehouse.errors import EnginehouseError, FailureReason, InvalidArgument, Unsupported
 from enginehouse.frontends.compression import accepted_encoding, compress, decompress
 from enginehouse.frontends.http_message import (
     EVENTS,
+    JSON,
     TEXT,
     Buffer,
     HttpRequest,
@@ -25,15 +27,17 @@ from enginehouse.frontends.http_message import (
     error_response,
 )
 from enginehouse.frontends.http_routes import PathParts
-from enginehouse.frontends.inference import AnswerStream, infer_once
+from enginehouse.frontends.inference import AnswerStream, Exchange
 from enginehouse.frontends.kserve_http.infer_codec import (
     BodyDecoder,
     encode_response,
 )
 from enginehouse.frontends.output_options import OutputOptions
+from enginehouse.frontends.pending import Pending
 from enginehouse.frontends.request_parameters import HeaderForwarding
 from enginehouse.frontends.request_traces import RequestTraces
 from enginehouse.frontends.shared_memory.regions import Regions
+from enginehouse.frontends.wire_errors import as_wire_error
 from enginehouse.types import InferRequest, InferResponse
 
 _HEADER_LENGTH = "inference-header-content-length"
@@ -57,6 +61,13 @@ class InferHandler:
         self._traces = traces
         self._max_input_bytes = max_input_bytes
 
+    def begin(self, http: HttpRequest, parts: PathParts) -> Pending[HttpResponse] | None:
+        """The answer to be; None where something has to be waited for or refused before the body is read."""
+        served = self._core.model_now(parts["model"], parts["version"])
+        if served is None or served.decoupled or _wants_events(http) or _unsupported_encoding(http) is not None:
+            return None
+        return self._exchange(http, parts, served)
+
     async def handle(self, http: HttpRequest, parts: PathParts) -> Reply:
         try:
             served = await self._core.loaded_model(parts["model"], parts["version"])
@@ -68,43 +79,32 @@ class InferHandler:
                 return unsupported
         except EnginehouseError as error:
             return error_response(error, TEXT)
-        options = OutputOptions()
+        if streamed:
+            return await self._stream(http, self._request(http, parts, served), OutputOptions(), served)
+        return await self._exchange(http, parts, served)
+
+    def _request(self, http: HttpRequest, parts: PathParts, served: ServedVersion) -> InferRequest:
         request = InferRequest(served.name, parts["version"])
         request.times.received_ns = http.received_ns or time.monotonic_ns()
-        if streamed:
-            return await self._stream(http, request, options, served)
-        try:
-            return await self._answer(http, request, options, served)
-        finally:
-            options.release()
+        return request
 
-    async def _answer(
-        self, http: HttpRequest, request: InferRequest, options: OutputOptions, served: ServedVersion
-    ) -> Reply:
+    def _exchange(self, http: HttpRequest, parts: PathParts, served: ServedVersion) -> Pending[HttpResponse]:
+        accept = http.headers.get("accept-encoding")
+        exchange = _Exchange(self._request(http, parts, served), OutputOptions(), served, self._traces, accept)
         try:
             body = self._body(http, served)
             header_length = _header_length(http.headers.get(_HEADER_LENGTH), len(body))
+            self._decode(http, exchange.request, exchange.options, served, body, header_length)
+            exchange.submit(self._core)
         except _BadBody as error:
-            return error_response(error, TEXT)
-        self._decode(http, request, options, served, body, header_length)
-        try:
-            response = await infer_once(self._core, request)
-        except BaseException as error:
-            self._traces.abandon(request)
-            # What Triton leaves to its backends to find wrong, such as strings that are cut off.
-            if isinstance(error, EnginehouseError) and error.reason is FailureReason.BACKEND:
-                return error_response(error, TEXT)
-            raise
-        try:
-            if response.error is not None:
-                raise response.error
-            reply = encode_response(response, options, served)
+            exchange.refuse(error_response(error, TEXT))
         except EnginehouseError as error:
-            reply = error_response(error, TEXT)
-        else:
-            reply = _compressed(reply, http.headers.get("accept-encoding"))
-        reply.on_sent = self._traces.sending(request)
-        return reply
+            # What Triton leaves to its backends to find wrong, such as strings that are cut off.
+            is_models = error.reason is FailureReason.BACKEND
+            exchange.refuse(error_response(error, TEXT if is_models else JSON))
+        except Exception as error:
+            exchange.refuse(error_response(as_wire_error(error)))
+        return exchange
 
     def _body(self, http: HttpRequest, served: ServedVersion) -> Buffer:
         encoding = http.headers.get("content-encoding")
@@ -131,8 +131,10 @@ class InferHandler:
             decoder.decode(body, header_length)
         else:
             decoder.decode_raw(body, served)
-        self._forwarding.apply(request, http.headers.items())
-        self._traces.begin(request, http.headers.items())
+        if self._forwarding.is_on:
+            self._forwarding.apply(request, http.headers.items())
+        if self._traces.is_on:
+            self._traces.begin(request, http.headers.items())
 
     async def _stream(
         self, http: HttpRequest, request: InferRequest, options: OutputOptions, served: ServedVersion
@@ -150,7 +152,37 @@ class InferHandler:
         return HttpStream(200, EVENTS, _events(answers, options, served))
 
 
+class _Exchange(Exchange[HttpResponse]):
+    __slots__ = ("_accept_encoding",)
+
+    def __init__(
+        self,
+        request: InferRequest,
+        options: OutputOptions,
+        served: ServedVersion,
+        traces: RequestTraces,
+        accept_encoding: str | None,
+    ) -> None:
+        super().__init__(request, options, served, traces)
+        self._accept_encoding = accept_encoding
+
+    def encode(self, response: InferResponse) -> HttpResponse:
+        reply = encode_response(response, self.options, self.served)
+        if self._accept_encoding is not None:
+            reply = _compressed(reply, self._accept_encoding)
+        if self.request.trace is not None:
+            reply.on_sent = self._traces.sending(self.request)
+        return reply
+
+    def failed(self, error: Exception) -> HttpResponse:
+        reply = error_response(as_wire_error(error), TEXT)
+        reply.on_sent = self._traces.sending(self.request)
+        return reply
+
+
 async def _events(answers: AnswerStream, options: OutputOptions, served: ServedVersion) -> AsyncIterator[Buffer]:
+    options.default = replace(options.default, binary=False)
+    options.by_name = {name: replace(option, binary=False) for name, option in options.by_name.items()}
     try:
         async for response in answers:
             if response.error is not None:
@@ -162,8 +194,6 @@ async def _events(answers: AnswerStream, options: OutputOptions, served: ServedV
 
 
 def _event(response: InferResponse, options: OutputOptions, served: ServedVersion) -> bytes:
-    for option in (options.default, *options.by_name.values()):
-        option.binary = False
     try:
         return bytes(encode_response(response, options, served).body[0])
     except EnginehouseError as error:
@@ -196,7 +226,7 @@ def _header_length(header: str | None, body_length: int) -> int:
     return length
 
 
-def _compressed(reply: HttpResponse, accept: str | None) -> HttpResponse:
+def _compressed(reply: HttpResponse, accept: str) -> HttpResponse:
     encoding = accepted_encoding(accept)
     if encoding is not None:
         reply.body = (compress(reply.body, encoding),)

@@ -27,6 +27,7 @@ from enginehouse.frontends.json_values import (
     member,
     parse_json,
 )
+from enginehouse.frontends.kserve_http.repeated_heads import MAX_TEXT_BYTES, known_head, remember_head
 from enginehouse.frontends.output_options import OutputOption, OutputOptions, classified, write_to_lease
 from enginehouse.frontends.raw_request import raw_tensor
 from enginehouse.frontends.request_parameters import request_text, set_parameters
@@ -79,13 +80,24 @@ class BodyDecoder:
 
     def decode(self, body: Buffer, header_length: int) -> None:
         """From JSON of that length and the binary tensors behind it."""
-        if header_length == len(body):
-            document, tail = parse_json(body), BinaryTail(memoryview(b""))
-        else:
-            self._check_size("request body size of", len(body) - header_length)
-            document = parse_json(memoryview(body)[:header_length])
-            tail = BinaryTail(memoryview(body)[header_length:])
-        request = self.request
+        view = memoryview(body)
+        if header_length == len(view):
+            self._read(parse_json(body), memoryview(b""))
+            return
+        tail = view[header_length:]
+        self._check_size("request body size of", len(tail))
+        text = bytes(view[:header_length])
+        known = known_head(text, len(tail))
+        if known is not None:
+            known.fill(self.request, self.options, tail)
+            return
+        document = parse_json(text)
+        self._read(document, tail)
+        if header_length <= MAX_TEXT_BYTES:
+            remember_head(text, document, self.request, self.options)
+
+    def _read(self, document: Any, data: memoryview) -> None:
+        request, tail = self.request, BinaryTail(data)
         for entry in self._read_head(document):
             tensor = self._input(entry, tail)
             request.inputs[tensor.name] = tensor

@@ -37,4 +37,4 @@ class RestrictedOpenAIApis:
         if group not in self._secrets:
             return None
         name, value = self._secrets[group]
-        return None if header(name) == value else name
+        return None if header(name.lower()) == value else name
