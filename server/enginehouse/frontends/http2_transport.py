@@ -24,6 +24,7 @@ from enginehouse.frontends.grpc_delays import GrpcDelays
 from enginehouse.frontends.http2_connection import Headers, Http2Connection
 from enginehouse.frontends.http2_frames import literal_header
 from enginehouse.frontends.http2_stream import Stream, StreamHandler
+from enginehouse.frontends.pending import Pending
 from enginehouse.frontends.restricted_apis import RESTRICTED_PREFIX, Api, RestrictedApis
 from enginehouse.frontends.wire_errors import as_wire_error, grpc_status
 from enginehouse.options import ServerOptions
@@ -55,6 +56,7 @@ class Http2GrpcServer:
         self._options = options
         self._listener: asyncio.Server | None = None
         self._connections: set[Http2Connection] = set()
+        self._all_gone: asyncio.Future[None] | None = None
         self.port = options.grpc_port
 
     async def start(self) -> None:
@@ -63,7 +65,7 @@ class Http2GrpcServer:
         options = self._options
 
         def connect() -> Http2Connection:
-            connection = Http2Connection(self._calls.open, self._connections.discard, loop)
+            connection = Http2Connection(self._calls.open, self._forget, loop)
             self._connections.add(connection)
             return connection
 
@@ -89,12 +91,16 @@ class Http2GrpcServer:
             self._listener.close()
         for connection in list(self._connections):
             connection.stop()
-        deadline_s = time.monotonic() + grace_s
-        while (tasks := self._calls.running()) and time.monotonic() < deadline_s:
-            await asyncio.wait(tasks, timeout=deadline_s - time.monotonic())
-            await asyncio.sleep(0)  # their last frames go out
+        if self._connections:  # each closes when its last call has ended and is on its way
+            self._all_gone = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._all_gone], timeout=grace_s)
         for connection in list(self._connections):
             connection.abort()
+
+    def _forget(self, connection: Http2Connection) -> None:
+        self._connections.discard(connection)
+        if self._all_gone is not None and not self._connections and not self._all_gone.done():
+            self._all_gone.set_result(None)
 
 
 class _Calls:
@@ -105,9 +111,6 @@ class _Calls:
         self._methods = {path.encode(): _delayed(method, delays) for path, method in methods.items()}
         self._restricted = restricted
         self._tasks: set[asyncio.Task[None]] = set()
-
-    def running(self) -> set[asyncio.Task[None]]:
-        return set(self._tasks)
 
     def open(self, stream: Stream, headers: Headers, ends: bool) -> StreamHandler:
         now_ns = time.monotonic_ns()
@@ -166,8 +169,8 @@ class _Call:
     """One call: messages in, messages out, a status at the end. A http2_connection.StreamHandler."""
 
     __slots__ = (
-        "_calls", "_decompress", "_ended", "_expiry", "_held_bytes", "_incoming", "_messages", "_method", "_reader",
-        "_sent_headers", "_stream", "_task", "closed", "grpc",
+        "_calls", "_decompress", "_ended", "_expiry", "_has_begun", "_held_bytes", "_incoming", "_messages", "_method",
+        "_pending", "_reader", "_sent_headers", "_stream", "_task", "closed", "grpc",
     )  # fmt: skip
 
     def __init__(self, calls: _Calls, stream: Stream, grpc: GrpcCall, encoding: bytes) -> None:
@@ -181,6 +184,8 @@ class _Call:
         self._ended = False
         self._reader: asyncio.Future[None] | None = None
         self._method: Method | None = None
+        self._has_begun = False
+        self._pending: Pending[bytes] | None = None
         self._task: asyncio.Task[None] | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._sent_headers = False
@@ -239,8 +244,9 @@ class _Call:
         if method.unary is None:
             self._messages.append(message)
             self._wake()
-        elif self._task is None:
-            self._task = self._calls.start(self._run_unary(method.unary, message))
+        elif not self._has_begun:
+            self._has_begun = True
+            self._begin_unary(method.unary, message)
 
     def _refuse_large(self, num_bytes: int) -> None:
         self.refuse(RESOURCE_EXHAUSTED, f"Received message larger than max ({num_bytes} vs. {MAX_MESSAGE_BYTES})")
@@ -252,28 +258,50 @@ class _Call:
             return
         if self._incoming:
             self.refuse(INTERNAL, "the call ended inside a message")
-        elif method.unary is not None and self._task is None:
+        elif method.unary is not None and not self._has_begun:
             self.refuse(INTERNAL, "the call has no message")
         else:
             self._wake()
 
     def on_reset(self) -> None:
         self._close()
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Nobody waits for what the method is doing."""
         if self._task is not None:
             self._task.cancel()
+        if self._pending is not None:
+            self._pending.leave()
 
     def _expire(self) -> None:
         self.refuse(DEADLINE_EXCEEDED, "Deadline Exceeded")
 
     # --- running the method
 
-    async def _run_unary(self, unary: Unary, message: bytes) -> None:
+    def _begin_unary(self, unary: Unary, message: bytes) -> None:
         try:
-            answer = await unary(message, self.grpc)
+            answer = unary(message, self.grpc)
         except Exception as error:
             self._end_with(error)
             return
-        if not self.closed:
+        if isinstance(answer, Pending):
+            self._pending = answer
+            answer.then(self._finish_unary)
+        else:
+            self._task = self._calls.start(self._run_unary(answer))
+
+    async def _run_unary(self, answer: Awaitable[bytes]) -> None:
+        try:
+            self._finish_unary(await answer)
+        except Exception as error:
+            self._finish_unary(error)
+
+    def _finish_unary(self, answer: bytes | Exception) -> None:
+        self._pending = None
+        if isinstance(answer, Exception):
+            self._end_with(answer)
+        elif not self.closed:
             self._write(answer)
             self._end(_OK_TRAILERS)
 
@@ -333,8 +361,7 @@ class _Call:
         if self.closed:
             return
         self._end(_trailers(status, message))
-        if self._task is not None:
-            self._task.cancel()
+        self._give_up()
 
     def _close(self) -> None:
         self.closed = True
