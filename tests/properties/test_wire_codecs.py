@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -16,7 +17,8 @@ from hypothesis.extra import numpy as arrays
 from enginehouse.config.schema import ModelInferRequest
 from enginehouse.errors import EnginehouseError
 from enginehouse.frontends.http1 import BadRequest, Parser
-from enginehouse.frontends.kserve_grpc.infer_codec import decode_infer
+from enginehouse.frontends.kserve_grpc.incoming import read_request
+from enginehouse.frontends.kserve_grpc.infer_codec import decode_request
 from enginehouse.frontends.kserve_http.infer_codec import BodyDecoder, dump_json
 from enginehouse.frontends.output_options import OutputOptions
 from enginehouse.frontends.shared_memory.regions import Regions
@@ -53,10 +55,15 @@ def decode_http(document: bytes, tail: bytes = b"") -> Tensor:
 
 
 def decode_grpc(message: Any) -> Tensor:
-    request = InferRequest("m")
-    wire = ModelInferRequest.FromString(message.SerializeToString())
-    decode_infer(wire, request, OutputOptions(), Regions(allowed=False))
-    return request.inputs["IN"]
+    """The same twice: read, and remembered where that is possible."""
+    found = []
+    for _ in range(2):
+        request, options = InferRequest("m"), OutputOptions()
+        decode_request(read_request(message.SerializeToString()), request, options, Regions(allowed=False))
+        found.append(request.inputs["IN"])
+    assert found[0].shape == found[1].shape
+    assert bytes(found[0].host_data()) == bytes(found[1].host_data())
+    return found[1]
 
 
 @given(tensors())
@@ -76,6 +83,40 @@ def test_a_tensor_is_the_same_in_every_form(tensor: Tensor) -> None:
     for found in (decode_http(flat), decode_http(binary, raw), decode_grpc(in_raw), decode_grpc(in_typed)):
         assert (found.datatype, found.shape) == (tensor.datatype, tensor.shape)
         assert bytes(found.host_data()) == raw
+
+
+FIELDS = st.sampled_from(["model_name", "model_version", "id"])
+
+
+@given(
+    st.dictionaries(FIELDS, st.text(st.characters(codec="utf-8"), max_size=200)),
+    st.lists(st.binary(max_size=300), max_size=4),
+    st.booleans(),
+    st.binary(max_size=6),
+    st.integers(0, 400),
+)
+def test_any_grpc_message_is_split_as_protobuf_reads_it(
+    texts: dict[str, str], raw: list[bytes], has_parameters: bool, garbage: bytes, cut: int
+) -> None:
+    message = ModelInferRequest(raw_input_contents=raw)
+    for name, text in texts.items():
+        setattr(message, name, text)
+    message.inputs.add(name="IN", datatype="FP32", shape=[1])
+    if has_parameters:
+        message.parameters["a"].int64_param = 1
+    whole = message.SerializeToString()
+    for data in (whole, garbage + whole, whole + garbage, whole[:cut]):
+        try:
+            expected = ModelInferRequest.FromString(data)
+        except DecodeError:
+            with pytest.raises(EnginehouseError):
+                read_request(data)
+            continue
+        found = read_request(data)
+        assert (found.model_name, found.model_version, found.id) == (
+            expected.model_name, expected.model_version, expected.id,
+        )  # fmt: skip
+        assert [bytes(part) for part in found.raw] == list(expected.raw_input_contents)
 
 
 JSON = st.recursive(

@@ -11,8 +11,12 @@ import pytest
 from enginehouse.config.schema import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
 from enginehouse.errors import EnginehouseError, Internal, InvalidArgument, NotFound, Unsupported
 from enginehouse.frontends.grpc_call import GrpcCall
-from enginehouse.frontends.kserve_grpc.infer_codec import raw_output_parts
-from enginehouse.types import InferRequest, InferResponse
+from enginehouse.frontends.kserve_grpc.incoming import read_request
+from enginehouse.frontends.kserve_grpc.infer_codec import decode_request, encode_response
+from enginehouse.frontends.output_options import OutputOptions
+from enginehouse.frontends.serving import make_regions
+from enginehouse.options import ServerOptions
+from enginehouse.types import DataType, InferRequest, InferResponse, Tensor
 
 from .little_server import LittleServer, echo, little_server
 from .test_http_infer import identity
@@ -166,9 +170,28 @@ async def test_metadata_that_match_become_parameters(server: LittleServer) -> No
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 127, 128, 300, 70_000])
 def test_raw_outputs_are_written_as_protobuf_writes_them(num_bytes: int) -> None:
-    data = bytes(num_bytes)
-    expected = ModelInferResponse(raw_output_contents=[data]).SerializeToString()
-    assert b"".join(raw_output_parts([memoryview(data)])) == expected
+    server = little_server({"m": (identity("UINT8"), echo)})
+    served = server.core.registry.find("m")
+    tensor = Tensor("OUT", DataType.UINT8, (num_bytes,), memoryview(bytes(num_bytes)))
+    response = InferResponse([tensor], model_name="m", model_version="1", id="7", parameters={"a": 1})
+    message = ModelInferResponse(model_name="m", model_version="1", id="7", raw_output_contents=[bytes(num_bytes)])
+    message.outputs.add(name="OUT", datatype="UINT8", shape=[num_bytes])
+    message.parameters["a"].int64_param = 1
+    for _ in range(2):
+        assert encode_response(response, OutputOptions(), served) == message.SerializeToString()
+
+
+def test_a_request_that_repeats_is_read_as_the_first_one_was() -> None:
+    first, again = message("FP32", "FP32", [1], b"abcd"), message("FP32", "FP32", [1], b"efgh")
+    first.id, again.id = "one", "two"
+    seen = []
+    for sent in (first, again):
+        incoming = read_request(sent.SerializeToString())
+        request, options = InferRequest("m"), OutputOptions()
+        decode_request(incoming, request, options, make_regions(ServerOptions()))
+        [tensor] = request.inputs.values()
+        seen.append((request.id, incoming.known is not None, bytes(tensor.host_data())))
+    assert seen == [("one", False, b"abcd"), ("two", True, b"efgh")]
 
 
 class Stream:

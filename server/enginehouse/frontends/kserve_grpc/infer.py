@@ -8,12 +8,12 @@ from typing import Any
 
 from google.protobuf.message import DecodeError, Message
 
-from enginehouse.config.schema import ModelInferRequest
 from enginehouse.core import Core, ServedVersion
 from enginehouse.errors import Internal, Unsupported
 from enginehouse.frontends.grpc_call import GrpcCall
 from enginehouse.frontends.inference import Exchange
-from enginehouse.frontends.kserve_grpc.infer_codec import decode_infer, encode_response
+from enginehouse.frontends.kserve_grpc.incoming import Incoming, read_request
+from enginehouse.frontends.kserve_grpc.infer_codec import decode_request, encode_response
 from enginehouse.frontends.output_options import OutputOption, OutputOptions
 from enginehouse.frontends.pending import Pending
 from enginehouse.frontends.request_parameters import HeaderForwarding
@@ -40,17 +40,17 @@ class InferDecoder:
         self._forwarding = forwarding
         self.traces = RequestTraces(core, "GRPC")
 
-    def request_of(
-        self, message: ModelInferRequest, options: OutputOptions, call: GrpcCall
-    ) -> tuple[InferRequest, bool]:
+    def request_of(self, incoming: Incoming, options: OutputOptions, call: GrpcCall) -> tuple[InferRequest, bool]:
         """The request, and whether the client wants empty final answers."""
-        request = InferRequest(message.model_name, message.model_version)
+        request = InferRequest(incoming.model_name, incoming.model_version)
         request.times.received_ns = call.received_ns or time.monotonic_ns()
         request.deadline_ns = call.deadline_ns
         options.default = OutputOption(binary=True)
-        empty_final = decode_infer(message, request, options, self._regions)
-        self._forwarding.apply(request, call.metadata)
-        self.traces.begin(request, call.metadata)
+        empty_final = decode_request(incoming, request, options, self._regions)
+        if self._forwarding.is_on:
+            self._forwarding.apply(request, call.metadata)
+        if self.traces.is_on:
+            self.traces.begin(request, call.metadata)
         return request, empty_final
 
 
@@ -60,22 +60,22 @@ class InferMethod:
         self._decoder = decoder
 
     def infer(self, data: bytes, call: GrpcCall) -> Awaitable[bytes]:
-        message = parse(ModelInferRequest, data)
-        served = self._core.model_now(message.model_name, message.model_version)
+        incoming = read_request(data)
+        served = self._core.model_now(incoming.model_name, incoming.model_version)
         if served is None:
-            return self._wait(message, call)
-        return self._exchange(message, served, call)
+            return self._wait(incoming, call)
+        return self._exchange(incoming, served, call)
 
-    async def _wait(self, message: ModelInferRequest, call: GrpcCall) -> bytes:
-        served = await self._core.loaded_model(message.model_name, message.model_version)
-        return await self._exchange(message, served, call)
+    async def _wait(self, incoming: Incoming, call: GrpcCall) -> bytes:
+        served = await self._core.loaded_model(incoming.model_name, incoming.model_version)
+        return await self._exchange(incoming, served, call)
 
-    def _exchange(self, message: ModelInferRequest, served: ServedVersion, call: GrpcCall) -> Pending[bytes]:
+    def _exchange(self, incoming: Incoming, served: ServedVersion, call: GrpcCall) -> Pending[bytes]:
         if served.decoupled:
             raise Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
         options = OutputOptions()
         try:
-            request, _ = self._decoder.request_of(message, options, call)
+            request, _ = self._decoder.request_of(incoming, options, call)
         except BaseException:
             options.release()
             raise

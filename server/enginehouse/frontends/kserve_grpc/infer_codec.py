@@ -1,12 +1,14 @@
 """ModelInferRequest → InferRequest, and answers → ModelInferResponse. Pure but for shared memory leases.
 
-Raw output bytes are appended to the serialized rest of the message by hand: protobuf would copy them twice.
+Raw output bytes are appended to the serialized rest of the message by hand: protobuf would copy them twice. What the
+rest says is mostly what it said before, so its pieces are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from enginehouse.config.schema import InferParameter, ModelInferRequest, ModelInferResponse
 from enginehouse.core import ServedVersion
 from enginehouse.errors import InvalidArgument
+from enginehouse.frontends.kserve_grpc.incoming import Incoming
 from enginehouse.frontends.output_options import OutputOption, OutputOptions, classified, write_to_lease
 from enginehouse.frontends.request_parameters import EMPTY_FINAL, RESERVED_PREFIX, request_text
 from enginehouse.frontends.shared_memory.regions import Lease, Regions
@@ -21,7 +24,9 @@ from enginehouse.types import DataType, DeviceData, InferRequest, InferResponse,
 from enginehouse.types import encode_bytes_elements as encode_elements
 
 MAX_MESSAGE_BYTES = 2**31 - 1
-_RAW_OUTPUT_TAG = b"\x32"  # raw_output_contents: field 6, length-delimited
+# Fields of ModelInferResponse, length-delimited.
+_ID_TAG, _RAW_OUTPUT_TAG = b"\x1a", b"\x32"
+_NO_BYTES = memoryview(b"")
 
 # Typed contents: the field, the type it carries, and the narrower ones that share it.
 _CONTENTS: tuple[tuple[str, DataType, tuple[DataType, ...]], ...] = (
@@ -36,28 +41,46 @@ _CONTENTS: tuple[tuple[str, DataType, tuple[DataType, ...]], ...] = (
 )
 
 
-def decode_infer(message: ModelInferRequest, request: InferRequest, options: OutputOptions, regions: Regions) -> bool:
+def decode_request(incoming: Incoming, request: InferRequest, options: OutputOptions, regions: Regions) -> bool:
     """Fills request and options; true if the client wants empty final answers.
 
     `options.leases` may hold leases even when this raises: release them.
     """
+    if incoming.known is not None:
+        request.id = incoming.id
+        incoming.known.fill(request, options, incoming.raw)
+        return False
+    assert incoming.message is not None, "there is a message where nothing is known"
+    empty_final = _decode_message(incoming.message, incoming.raw, request, options, regions)
+    incoming.remember(request, options)
+    return empty_final
+
+
+def _decode_message(
+    message: ModelInferRequest,
+    raw_contents: Sequence[memoryview],
+    request: InferRequest,
+    options: OutputOptions,
+    regions: Regions,
+) -> bool:
+    """`raw_contents` stand for the message's own."""
     request.id = message.id
     empty_final = _read_parameters(message.parameters, request) if message.parameters else False
     inputs = request.inputs
     _refuse_repeated(message)
-    raw = iter(message.raw_input_contents)
+    raw = iter(raw_contents)
     for entry in message.inputs:
         name = entry.name
         datatype = DataType.from_request(entry.datatype)
         if entry.parameters or entry.HasField("contents"):
-            data = _input_data(entry, datatype, message, options, regions)
+            data = _input_data(entry, datatype, message, bool(raw_contents), options, regions)
         else:
             data = None
         if data is None:
             found = next(raw, None)
             if found is None:
                 raise InvalidArgument(f"unable to find data for {_input_text(entry, message)} in request.")
-            data = memoryview(found)
+            data = found
         inputs[name] = Tensor(name, datatype, tuple(entry.shape), data)
     if message.outputs:
         request.requested_outputs = [output.name for output in message.outputs]
@@ -67,7 +90,12 @@ def decode_infer(message: ModelInferRequest, request: InferRequest, options: Out
 
 
 def _input_data(
-    entry: Any, datatype: DataType, message: ModelInferRequest, options: OutputOptions, regions: Regions
+    entry: Any,
+    datatype: DataType,
+    message: ModelInferRequest,
+    has_raw: bool,
+    options: OutputOptions,
+    regions: Regions,
 ) -> memoryview | DeviceData | None:
     """What the entry itself says where its data is; None if that is among the raw contents."""
     found = _range(entry)
@@ -81,7 +109,7 @@ def _input_data(
         return lease.view()
     if not entry.HasField("contents"):
         return None
-    if message.raw_input_contents:
+    if has_raw:
         raise InvalidArgument(
             f"contents field must not be specified when using raw_input_contents for '{entry.name}' for model "
             f"'{message.model_name}'"
@@ -258,43 +286,58 @@ def encode_parameters(parameters: Mapping[str, ParameterValue], into: Any) -> No
             entry.string_param = value
 
 
-def response_head(response: InferResponse) -> ModelInferResponse:
-    """Everything but the outputs."""
-    message = ModelInferResponse(model_name=response.model_name, model_version=response.model_version, id=response.id)
-    if response.parameters:
-        encode_parameters(response.parameters, message.parameters)
-    return message
+@lru_cache(4096)
+def _names(model_name: str, model_version: str) -> bytes:
+    return _serialized(ModelInferResponse(model_name=model_name, model_version=model_version))
 
 
-def encode_outputs(
-    message: ModelInferResponse, outputs: Iterable[Tensor], options: OutputOptions, served: ServedVersion
-) -> list[memoryview]:
-    """Adds the outputs to the message; their bytes come back for `with_raw_outputs`.
+@lru_cache(4096)
+def _output(name: str, datatype: DataType, shape: tuple[int, ...]) -> bytes:
+    message = ModelInferResponse()
+    message.outputs.add(name=name, datatype=datatype.wire_name, shape=shape)
+    return _serialized(message)
+
+
+def _serialized(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def response_parts(
+    response: InferResponse,
+    options: OutputOptions,
+    served: ServedVersion,
+    parameters: Mapping[str, ParameterValue],
+) -> list[bytes | memoryview]:
+    """A serialized ModelInferResponse in pieces: serialized fields can be joined in any number and order.
 
     Raises InvalidArgument or Internal for an output that can't take the form it was asked for in.
     """
-    raw: list[memoryview] = []
-    add = message.outputs.add
-    for tensor in outputs:
+    parts: list[bytes | memoryview] = [_names(response.model_name, response.model_version)]
+    if response.id:
+        text = response.id.encode()
+        parts += (_ID_TAG, encode_varint(len(text)), text)
+    if parameters:
+        message = ModelInferResponse()
+        encode_parameters(parameters, message.parameters)
+        parts.append(_serialized(message))
+    raw: list[bytes | memoryview] = []
+    for tensor in response.outputs:
         option = options.of(tensor.name)
         if option.num_classes:
             tensor = classified(tensor, option, served)
-        add(name=tensor.name, datatype=tensor.datatype.wire_name, shape=tensor.shape)
+        parts.append(_output(tensor.name, tensor.datatype, tuple(tensor.shape)))
+        data = _NO_BYTES
         if option.lease is not None:
             write_to_lease(tensor, option.lease)
-            raw.append(memoryview(b""))
         else:
-            raw.append(tensor.host_data())
-    return raw
-
-
-def raw_output_parts(raw: Sequence[memoryview]) -> list[bytes | memoryview]:
-    parts: list[bytes | memoryview] = []
-    for data in raw:
-        parts += (_RAW_OUTPUT_TAG, encode_varint(data.nbytes), data)
+            data = tensor.host_data()
+        raw += (_RAW_OUTPUT_TAG, encode_varint(data.nbytes), data)
+    parts += raw
     return parts
 
 
+@lru_cache(1024)
 def encode_varint(number: int) -> bytes:
     parts = bytearray()
     while number > 0x7F:
@@ -306,9 +349,7 @@ def encode_varint(number: int) -> bytes:
 
 def encode_response(response: InferResponse, options: OutputOptions, served: ServedVersion) -> bytes:
     """A serialized ModelInferResponse."""
-    message = response_head(response)
-    raw = encode_outputs(message, response.outputs, options, served)
-    answer = b"".join((message.SerializeToString(), *raw_output_parts(raw)))
+    answer = b"".join(response_parts(response, options, served, response.parameters))
     if len(answer) > MAX_MESSAGE_BYTES:
         raise InvalidArgument(
             f"Response has byte size {len(answer)} which exceeds gRPC's byte size limit {MAX_MESSAGE_BYTES}."

@@ -12,17 +12,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from enginehouse.config.schema import ModelInferRequest, ModelInferResponse, ModelStreamInferResponse
+from enginehouse.config.schema import ModelInferResponse, ModelStreamInferResponse
 from enginehouse.core import Core, ServedVersion
 from enginehouse.errors import EnginehouseError
 from enginehouse.frontends.grpc_call import GrpcCall, Read, Write
-from enginehouse.frontends.kserve_grpc.infer import InferDecoder, parse
-from enginehouse.frontends.kserve_grpc.infer_codec import (
-    encode_outputs,
-    encode_varint,
-    raw_output_parts,
-    response_head,
-)
+from enginehouse.frontends.kserve_grpc.incoming import read_request
+from enginehouse.frontends.kserve_grpc.infer import InferDecoder
+from enginehouse.frontends.kserve_grpc.infer_codec import encode_varint, response_parts
 from enginehouse.frontends.output_options import OutputOptions
 from enginehouse.frontends.request_parameters import FINAL
 from enginehouse.frontends.wire_errors import as_wire_error
@@ -94,13 +90,13 @@ class _Session:
         self._end_if_done()
 
     async def _start(self, data: bytes) -> None:
-        message = parse(ModelInferRequest, data)
+        incoming = read_request(data)
         exchange = Exchange(None, OutputOptions())
         self._open.add(exchange)
         try:
-            served = await self._core.loaded_model(message.model_name, message.model_version)
+            served = await self._core.loaded_model(incoming.model_name, incoming.model_version)
             exchange.served = served
-            exchange.request, exchange.empty_final = self._decoder.request_of(message, exchange.options, self._call)
+            exchange.request, exchange.empty_final = self._decoder.request_of(incoming, exchange.options, self._call)
             exchange.request.sink = self._sink(exchange)
             if exchange.in_order:
                 self._ordered.append(exchange)
@@ -108,7 +104,8 @@ class _Session:
         except EnginehouseError as error:
             if exchange not in self._ordered:
                 self._ordered.append(exchange)
-            early = ModelStreamInferResponse(error_message=str(error), infer_response=ModelInferResponse(id=message.id))
+            whose = ModelInferResponse(id=incoming.id)
+            early = ModelStreamInferResponse(error_message=str(error), infer_response=whose)
             self._send(exchange, early.SerializeToString())
             self._end(exchange)
 
@@ -162,13 +159,11 @@ class _Session:
 
 def _answer_message(exchange: Exchange, response: InferResponse) -> bytes:
     assert exchange.served is not None
-    message = response_head(response)
-    message.parameters[FINAL].bool_param = response.final
+    parameters = {**response.parameters, FINAL: response.final}
     try:
-        raw = encode_outputs(message, response.outputs, exchange.options, exchange.served)
+        parts = response_parts(response, exchange.options, exchange.served, parameters)
     except EnginehouseError as error:
         return _error_message(exchange, response, error)
-    parts = (message.SerializeToString(), *raw_output_parts(raw))
     length = sum(memoryview(part).nbytes for part in parts)
     return b"".join((_INFER_RESPONSE_TAG, encode_varint(length), *parts))
 
