@@ -13,9 +13,10 @@ import pytest
 
 from enginehouse.frontends import http2_frames as h2
 from enginehouse.frontends.grpc_call import GrpcCall, Method
+from enginehouse.frontends.http2_call import MAX_MESSAGE_BYTES
 from enginehouse.frontends.http2_connection import MAX_UNREAD_ACKS, Http2Connection
 from enginehouse.frontends.http2_frames import FrameType, Http2Code, literal_header
-from enginehouse.frontends.http2_transport import MAX_MESSAGE_BYTES, Http2GrpcServer
+from enginehouse.frontends.http2_transport import Http2GrpcServer
 from enginehouse.options import ServerOptions
 
 Frame = tuple[int, int, int, bytes]
