@@ -52,6 +52,7 @@ class ProcessHostedModel:
         self._on_health = on_health
         self._history = CrashHistory(policy)
         self._order: dict[str, int] = {}
+        self._closing: asyncio.Task[None] | None = None
 
     @property
     def all_instances(self) -> list[ProcessInstance]:
@@ -121,6 +122,12 @@ class ProcessHostedModel:
             await process.remove_instance(tenant, instance)
 
     async def close(self) -> None:
+        """Once: at the end of the server an unload that still waits and `Hosts.close` both come here."""
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         await self._detach_all()
         self.on_closed()
 
