@@ -46,6 +46,8 @@ GIL_SWITCH_INTERVAL_S = 0.0005
 """Other people's native backends hold the GIL: the loop gets it back this fast (IPC measurements)."""
 
 IDLE_LOOK_INTERVAL_S = 1.0
+HOSTS_GRACE_S = 3.0
+"""For what is still in hosts when everything else is down; workers die with the server anyhow."""
 
 
 class StartFailed(Exception):
@@ -148,7 +150,10 @@ class Server:
             await asyncio.wait_for(self._take_down(), grace_s)
         except TimeoutError:
             logger.error("Exit timeout expired. Exiting immediately.")
-        await self.hosts.close()
+        try:
+            await asyncio.wait_for(self.hosts.close(), HOSTS_GRACE_S)
+        except TimeoutError:
+            logger.error("A model's process doesn't end: it is killed with the server.")
         if self.cache is not None:
             await self.cache.close()
         self.core.tracing.close()
