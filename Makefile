@@ -39,7 +39,10 @@ serve: examples  ## build the examples and serve them (REPOSITORY=…, FLAGS=…
 	$(BIN)/enginehouse serve --model-repository=$(REPOSITORY) $(FLAGS)
 
 test: $(VENV)/installed-tests examples  ## install what tests need and run them all
-	$(BIN)/python -m pytest -m "not peer and not gpu"
+	@# A process for each group: they look at what is left of the processes and modules of their own.
+	@for group in unit properties conformance faults fuzz acceptance; do \
+	  echo "tests/$$group"; $(BIN)/python -m pytest -m "not peer and not gpu" tests/$$group || failed=1; \
+	done; test -z "$$failed"
 
 test-unit: $(VENV)/installed-tests  ## the fast tests alone
 	$(BIN)/python -m pytest tests/unit tests/properties

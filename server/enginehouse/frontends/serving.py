@@ -19,7 +19,7 @@ from enginehouse.frontends.http_routes import PathParts, Route, Router
 from enginehouse.frontends.http_transport import HttpServer
 from enginehouse.frontends.kserve_grpc.health import HealthMethods
 from enginehouse.frontends.kserve_grpc.methods import v2_methods
-from enginehouse.frontends.kserve_grpc.reflection import SERVICES, ReflectionMethods, reflection_pool
+from enginehouse.frontends.kserve_grpc.reflection import ReflectionMethods, reflection_pool
 from enginehouse.frontends.kserve_http.front_end import V2Handlers, v2_routes
 from enginehouse.frontends.kserve_http.infer import JSON_ALLOWANCE
 from enginehouse.frontends.openai.front_end import OpenAIFrontEnd
@@ -99,7 +99,7 @@ def serve_grpc(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd
     methods = v2_methods(core, options, regions) | HealthMethods(core).methods()
     pool = reflection_pool()
     if needs_grpcio(options):
-        return GrpcioServer(methods, options, SERVICES, pool)
+        return GrpcioServer(methods | ReflectionMethods(pool).methods(), options)
     return Http2GrpcServer(methods | ReflectionMethods(pool).methods(), options)
 
 

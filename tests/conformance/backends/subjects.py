@@ -87,7 +87,7 @@ def config_text(subject: Subject, datatype: DataType) -> str:
 class OnnxSubject(Subject):
     name = "onnxruntime"
     artifact = "model.onnx"
-    datatypes = tuple(DataType)
+    datatypes = tuple(member for member in DataType if member is not DataType.INVALID)
 
     def backend(self) -> Backend:
         return OnnxRuntimeBackend()
@@ -149,7 +149,7 @@ class TorchExportSubject(Subject):
 class PythonSubject(Subject):
     name = "python"
     artifact = "model.py"
-    datatypes = tuple(datatype for datatype in DataType if datatype is not DataType.BF16)  # numpy has none
+    datatypes = tuple(one for one in DataType if one not in (DataType.BF16, DataType.INVALID))  # numpy has none
     names_only_in_config = True
     is_code = True
     checks_shapes = False
