@@ -47,6 +47,8 @@ class LlmPlan:
     weights_bytes: int
     num_threads: int
     block_size: int = 32
+    quantization: str = ""
+    """How to round dense weights; "" serves them, or a quantized checkpoint, as they are."""
 
     @property
     def max_wanted(self) -> int:
@@ -96,6 +98,7 @@ def plan_llm(name: str, settings: LlmSettings, architecture: Architecture, check
         kv_bytes,
         weights_bytes,
         settings.num_threads or default_num_threads(),
+        quantization=settings.quantization,
     )
 
 
@@ -116,6 +119,7 @@ def make_runner(
         max_positions=plan.max_model_len,
         block_size=plan.block_size,
         num_threads=plan.num_threads,
+        quantization=plan.quantization,
     )
     return CpuRunner(architecture, checkpoint, settings, on_loaded)
 
