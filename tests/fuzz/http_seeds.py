@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
-SHARED_MEMORY_KEY = "/enginehouse_fuzz"
+SHARED_MEMORY_KEY = f"/enginehouse_fuzz_{os.getpid()}"
+"""Of this process alone: a run that was killed may have left its own behind."""
 SHARED_MEMORY_BYTES = 4096
 STEADY = "steady_echo"
 """A model that no spoilt request names, so that none can unload it: good requests are for it."""
