@@ -82,6 +82,7 @@ class Engine:
 
         def act() -> None:
             llm.fail_all(Unavailable(f"model '{llm.model_name}' is being unloaded"))
+            llm.settle()
             if self._llms.pop(llm.name, None) is not None:
                 self.space.leave(llm.name)
             self._tell_shares()
@@ -125,7 +126,7 @@ class Engine:
         for llm in busy:
             try:
                 plan = llm.step()
-                if plan.starved is not None or not (plan.shares or plan.preempted):
+                if plan.starved is not None or not (plan.shares or plan.preempted or plan.waits_for_step):
                     self._make_way(llm, plan)
             except Exception as error:  # a bug of ours: this LLM's requests fail, the others go on
                 logger.exception("the engine failed in a step of model '%s'", llm.name)

@@ -79,3 +79,8 @@ class Generation:
     def num_left(self) -> int:
         """Tokens that are known and not computed: 1 while decoding, more in prefill."""
         return len(self.tokens) + self.num_unseen - self.num_computed
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """A running step samples its last token: there is nothing to compute for it any more."""
+        return self.num_unseen > 0 and self.num_known >= self.max_total

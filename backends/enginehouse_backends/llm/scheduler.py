@@ -49,6 +49,7 @@ class StepPlan:
     """Somebody's prompt logprobs are computed in this step: one at a time."""
     starved: Generation | None = None
     """One that can't go on although nobody else of this model holds blocks: only another's pages can help."""
+    waits_for_step: bool = False  # set by who ran it: a step that has just ended may have changed why it is empty
 
 
 OnBlocks = Callable[[Generation, int], None]
@@ -148,7 +149,7 @@ class Scheduler:
             if plan.follows_prompt and _follows_prompt(generation):
                 continue
             left = generation.num_left
-            if stalled and left <= 1:
+            if (stalled and left <= 1) or generation.awaits_last_token:
                 continue
             count = left if left <= 1 else min(left, budget, self._most_followed(generation))
             if count <= 0 or not self._grow_or_preempt(generation, count, plan):

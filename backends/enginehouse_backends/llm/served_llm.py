@@ -1,4 +1,9 @@
-"""One LLM inside the engine: plans, runs and answers a step of its generations. The engine's thread only."""
+"""One LLM inside the engine: plans, runs and answers a step of its generations. The engine's thread only.
+
+Where the runner is asynchronous, step n + 1 is planned and started before step n is finished: its decoding reads
+tokens that only the device knows. What ends with such a token (a stop token, a stop string) is noticed one step
+late, and what that step computed for it is thrown away.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +11,28 @@ import heapq
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from enginehouse.errors import DeadlineExceeded, EnginehouseError, Internal, ResourceExhausted, Unavailable
 from enginehouse.types import FinishReason, TokenEvent
 from enginehouse_backends.llm.answering import Answer
 from enginehouse_backends.llm.generation import Generation, GenerationState
 from enginehouse_backends.llm.metrics import LlmMetrics
-from enginehouse_backends.llm.runner import Runner, StepInput, StepOutput
+from enginehouse_backends.llm.runner import Runner, RunningStep, StepInput, StepOutput
 from enginehouse_backends.llm.scheduler import Scheduler, StepPlan
 from enginehouse_backends.llm.step_building import BlockTable, build_step
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _StartedStep:
+    """What a step was planned as, and the runner's word for it."""
+
+    plan: StepPlan
+    step: StepInput
+    running: RunningStep
+    started_ns: int
 
 
 class ServedLlm:
@@ -40,10 +56,15 @@ class ServedLlm:
         self._answers: dict[str, Answer] = {}
         self._deadlines: list[tuple[int, str]] = []
         self._events: list[TokenEvent] = []
+        self._started: _StartedStep | None = None
+        """Not finished yet. Between two calls of `step` only where the runner is asynchronous."""
+        self._finished_ns = 0
+        self.num_overlapped = 0
+        """Steps that were started before their forerunner was finished."""
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._started is not None
 
     @property
     def num_open(self) -> int:
@@ -85,14 +106,32 @@ class ServedLlm:
 
     # --- steps
     def step(self) -> StepPlan:
-        """One step, if there is anything to compute. The plan tells whether it is short of blocks."""
-        started_ns = time.monotonic_ns()
-        self._expire(started_ns)
-        plan = self.scheduler.plan(started_ns)
-        if plan.shares:
-            self._run(plan, started_ns)
+        """Starts a step, if there is anything to compute, and finishes the one before (its own, where the runner
+        waits). The plan tells whether it is short of blocks; one that an unfinished step may yet free is not.
+        """
+        now_ns = time.monotonic_ns()
+        self._expire(now_ns)
+        before = self._started
+        if before is not None and not before.running.may_overlap:
+            self.settle()
+            before = None
+        plan = self.scheduler.plan(now_ns)
+        self._started = self._start(plan, before, now_ns) if plan.shares else None
+        if before is not None:
+            self._finish_step(before)
+            if self._started is None:
+                plan.starved = None
+                plan.waits_for_step = True
+        if not self.runner.is_asynchronous:
+            self.settle()
         self.flush()
         return plan
+
+    def settle(self) -> None:
+        """Finishes what was started, so that nothing runs: before blocks move, or memory goes."""
+        started, self._started = self._started, None
+        if started is not None:
+            self._finish_step(started)
 
     def flush(self) -> None:
         if self._events:
@@ -110,23 +149,59 @@ class ServedLlm:
         self._end(self._answers[generation.id], FinishReason.ERROR, error)
         self.flush()
 
-    def _run(self, plan: StepPlan, started_ns: int) -> None:
+    def _start(self, plan: StepPlan, before: _StartedStep | None, started_ns: int) -> _StartedStep | None:
+        unseen = () if before is None else before.step.sampled
         try:
-            step = build_step(plan, self._table)
-            output = self.runner.run(step)
+            step = build_step(plan, self._table, unseen)
+            running = self.runner.start(step)
         except Exception as error:
             self._fail_step(plan, error)
+            return None
+        for generation in step.sampled:
+            generation.num_unseen += 1
+        self.num_overlapped += before is not None
+        return _StartedStep(plan, step, running, started_ns)
+
+    def _finish_step(self, started: _StartedStep) -> None:
+        plan, step = started.plan, started.step
+        try:
+            output = started.running.finish()
+        except Exception as error:
+            self._forget_unseen(step)
+            self._fail_step(plan, error)
+            self._fail_follower()
             return
+        self._forget_unseen(step)
         now_ns = time.monotonic_ns()
-        seconds = (now_ns - started_ns) / 1e9
+        seconds = (now_ns - max(started.started_ns, self._finished_ns)) / 1e9
+        self._finished_ns = now_ns
         self.scheduler.latency.observe(plan.num_decoding, plan.num_prompt_tokens, seconds)
         self._take_prompt_logprobs(plan, output)
         self._take_tokens(step, output, now_ns)
         self._count_step(plan)
 
+    @staticmethod
+    def _forget_unseen(step: StepInput) -> None:
+        for generation in step.sampled:
+            generation.num_unseen -= 1
+
+    def _fail_follower(self) -> None:
+        """A step that was started on top of a failed one has computed nonsense."""
+        follower, self._started = self._started, None
+        if follower is None:
+            return
+        try:
+            follower.running.finish()
+        except Exception as error:
+            logger.error("the step after the failed one failed, too: %r", error)
+        self._forget_unseen(follower.step)
+        self._fail_step(follower.plan, Internal("the step before it failed"))
+
     def _take_tokens(self, step: StepInput, output: StepOutput, now_ns: int) -> None:
         logprobs = output.logprobs or (None,) * len(step.sampled)
         for generation, token_id, row in zip(step.sampled, output.token_ids, logprobs, strict=True):
+            if generation.state is GenerationState.FINISHED:
+                continue  # it ended while this step was under way
             answer = self._answers[generation.id]
             if token_id < 0:
                 self.metrics.corrupted += 1
@@ -148,14 +223,16 @@ class ServedLlm:
             if generation.sampling.prompt_logprobs is not None and generation.num_output == 0:
                 start = generation.num_computed - count
                 for offset, row in enumerate(output.followed, start=1):
-                    self._answers[generation.id].take_prompt_logprobs(start + offset, row)
+                    if generation.state is not GenerationState.FINISHED:
+                        self._answers[generation.id].take_prompt_logprobs(start + offset, row)
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         logger.error("a step of model '%s' failed", self.name, exc_info=error)
         self.scheduler.roll_back(plan)
         told = error if isinstance(error, EnginehouseError) else Internal(f"the model failed: {error!r}")
         for generation, _ in plan.shares:
-            self._end(self._answers[generation.id], FinishReason.ERROR, told)
+            if generation.state is not GenerationState.FINISHED:
+                self._end(self._answers[generation.id], FinishReason.ERROR, told)
 
     # --- ends
     def _expire(self, now_ns: int) -> None:

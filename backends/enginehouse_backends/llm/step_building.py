@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from enginehouse_backends.llm.generation import Generation
 from enginehouse_backends.llm.runner import FollowedToken, IntArray, StepInput
 from enginehouse_backends.llm.scheduler import StepPlan
+
+UNSEEN_TOKEN = 0
+"""Stands where a token isn't known yet; runners don't read it."""
 
 
 class BlockTable:
@@ -34,10 +39,13 @@ class BlockTable:
         return changed
 
 
-def build_step(plan: StepPlan, table: BlockTable) -> StepInput:
-    """`plan` has not run yet: its generations' computed tokens already count what it computes."""
+def build_step(plan: StepPlan, table: BlockTable, running: Sequence[Generation] = ()) -> StepInput:
+    """`plan` has not run yet: its generations' computed tokens already count what it computes.
+
+    running: those that a step that isn't finished samples, in its order; their newest tokens aren't known.
+    """
     if plan.num_tokens == len(plan.shares) and not any(wants_prompt_logprobs(g) for g, _ in plan.shares):
-        return _build_single_tokens(plan, table)
+        return _build_single_tokens(plan, table, running)
     tokens: list[int] = []
     positions: list[IntArray] = []
     starts, lengths, slots = [0], [], []
@@ -45,10 +53,15 @@ def build_step(plan: StepPlan, table: BlockTable) -> StepInput:
     sampled: list[Generation] = []
     sampled_rows: list[int] = []
     followed: list[FollowedToken] = []
+    unseen: list[tuple[int, int]] = []
+    index_of = {generation: index for index, generation in enumerate(running)}
     for generation, count in plan.shares:
         stop = generation.num_computed
         start = stop - count
         tokens.extend(generation.tokens[start:stop])
+        if stop > len(generation.tokens):
+            unseen.append((len(tokens), index_of[generation]))
+            tokens.append(UNSEEN_TOKEN)
         positions.append(np.arange(start, stop, dtype=np.int32))
         if wants_prompt_logprobs(generation):
             followed.extend(_follow_prompt(generation, start, stop, len(wanted)))
@@ -72,10 +85,11 @@ def build_step(plan: StepPlan, table: BlockTable) -> StepInput:
         sampled=sampled,
         sampled_rows=_ints(sampled_rows),
         followed=followed,
+        unseen=unseen,
     )
 
 
-def _build_single_tokens(plan: StepPlan, table: BlockTable) -> StepInput:
+def _build_single_tokens(plan: StepPlan, table: BlockTable, running: Sequence[Generation]) -> StepInput:
     """The common case: each generation computes one token."""
     generations = [generation for generation, _ in plan.shares]
     lengths = _ints([generation.num_computed for generation in generations])
@@ -84,8 +98,15 @@ def _build_single_tokens(plan: StepPlan, table: BlockTable) -> StepInput:
     sampled_rows = rows[:-1]
     if len(sampled) < len(generations):
         sampled_rows = _ints([row for row, generation in enumerate(generations) if generation.num_left == 0])
+    unseen: list[tuple[int, int]] = []
+    if running:
+        index_of = {generation: index for index, generation in enumerate(running)}
+        unseen = [(row, index_of[g]) for row, g in enumerate(generations) if g.num_computed > len(g.tokens)]
+        tokens = _ints([_last_token(generation) for generation in generations])
+    else:
+        tokens = _ints([generation.tokens[generation.num_computed - 1] for generation in generations])
     return StepInput(
-        tokens=_ints([generation.tokens[generation.num_computed - 1] for generation in generations]),
+        tokens=tokens,
         positions=lengths - 1,
         query_starts=rows,
         context_lengths=lengths,
@@ -95,7 +116,14 @@ def _build_single_tokens(plan: StepPlan, table: BlockTable) -> StepInput:
         wanted_rows=sampled_rows,
         sampled=sampled,
         sampled_rows=np.arange(len(sampled), dtype=np.int32),
+        unseen=unseen,
     )
+
+
+def _last_token(generation: Generation) -> int:
+    """The last token that the step computes of it."""
+    index = generation.num_computed - 1
+    return generation.tokens[index] if index < len(generation.tokens) else UNSEEN_TOKEN
 
 
 def wants_prompt_logprobs(generation: Generation) -> bool:
