@@ -99,9 +99,10 @@ class GrpcAttack:
                     call.cancel()
                 self._look(messages, await call)
             self._report.answers["grpc OK"] += 1
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # what grpc.aio makes of the status CANCELLED, whoever said it
             if not leaves:
-                raise
+                details = await call.details() if call.done() else ""
+                self._report.find("cancelled, though the client stayed", b" | ".join(messages), details)
             self._report.abandoned += 1
         except grpc.RpcError as error:
             self._judge(messages, error, is_hurried)

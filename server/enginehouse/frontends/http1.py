@@ -1,8 +1,8 @@
 """HTTP/1.1 requests out of bytes, without I/O: RFC 9112 as strict as servers of today read it.
 
-What could be read in two ways (both lengths, odd line ends, folded lines, spaces before a colon) is refused,
-so that no proxy before us sees other requests than we do. Bodies grow in one buffer that the transport may
-write into itself (`body_space`).
+What could be read in two ways (odd line ends, folded lines, spaces before a colon, several lengths) is refused,
+so that no proxy before us sees other requests than we do; chunks beside a length count, and the connection closes
+after them (section 6.3). Bodies grow in one buffer that the transport may write into itself (`body_space`).
 """
 
 from __future__ import annotations
@@ -152,6 +152,8 @@ def _text(target: bytes) -> str:
 
 
 def _keeps_alive(headers: HeaderMap, minor_version: int) -> bool:
+    if headers.get("transfer-encoding") is not None and headers.get("content-length") is not None:
+        return False  # a proxy that went by the length means something else by the bytes after the chunks
     connection = headers.get("connection")
     if connection is None:
         return minor_version == 1
@@ -167,8 +169,8 @@ def _body_length(headers: HeaderMap, minor_version: int) -> int | None:
     length = headers.get("content-length")
     if coding is not None:
         several = len(headers.values("transfer-encoding")) > 1
-        if length is not None or minor_version == 0 or several or coding.lower() != "chunked":
-            raise BadRequest("transfer-encoding other than chunked, or beside a content-length")
+        if minor_version == 0 or several or coding.lower() != "chunked":
+            raise BadRequest("transfer-encoding other than chunked")
         return None
     if length is None:
         return 0

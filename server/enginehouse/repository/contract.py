@@ -21,6 +21,10 @@ class ModelSource(Protocol):
         """Raises PollError for a model that can't be found or read."""
         ...
 
+    def loaded(self, definition: ModelDefinition) -> None:
+        """The load succeeded: the override that it came with, if any, stays for polls without one."""
+        ...
+
     def forget_override(self, name: str) -> None:
         """The next poll without an override reads the model's own config again."""
         ...

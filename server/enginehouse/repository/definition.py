@@ -35,6 +35,15 @@ class Override:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptOverride:
+    """A config that came with a load request. Once it is loaded it stays until the model is unloaded or its
+    files change."""
+
+    content: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelDefinition:
     name: str
     """With its namespace where there are namespaces."""
@@ -52,6 +61,8 @@ class ModelDefinition:
     """Which model this is a state of: a path or URL; one of a load request's files is like no other."""
     agents: AgentChain | None = None
     """The repository agents that prepared it, and are told what becomes of it."""
+    override: KeptOverride | None = None
+    """The config that came with the load request, or with an earlier one that loaded."""
 
     @property
     def on_demand(self) -> bool:

@@ -162,6 +162,7 @@ class Lifecycle:
             self._on_change(name)
             await _tell_agents(definition, Event.LOAD_FAILED)
             raise InvalidArgument(f"load failed for model '{name}': {error.message}\n") from error
+        self._source.loaded(definition)
         self._failed.pop(name, None)
         self._suspended.pop(name, None)
         self._on_change(name)

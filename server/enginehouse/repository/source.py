@@ -9,7 +9,7 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from enginehouse.config import completion, reading, validation
@@ -17,17 +17,17 @@ from enginehouse.config.artifacts import version_folders
 from enginehouse.config.schema import ModelConfig, ModelServing
 from enginehouse.errors import EnginehouseError
 from enginehouse.repository.agents import AgentChain, Agents
-from enginehouse.repository.definition import NAMESPACE_END, ModelDefinition, NotUnique, Override, PollError, plain_name
+from enginehouse.repository.definition import (
+    NAMESPACE_END,
+    KeptOverride,
+    ModelDefinition,
+    NotUnique,
+    Override,
+    PollError,
+    plain_name,
+)
 from enginehouse.repository.layout import Entry, belongs_to, files_of, models_in, pick_versions
 from enginehouse.repository.storage import LocalRoot, Root
-
-
-@dataclass(frozen=True, slots=True)
-class _KeptOverride:
-    """A config that came with a load request. It stays until the model is unloaded or its files change."""
-
-    content: str
-    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Repositories:
         self._complete_configs = complete_configs
         self._agents = agents or Agents()
         self._has_namespaces = has_namespaces
-        self._overrides: dict[str, _KeptOverride] = {}
+        self._overrides: dict[str, KeptOverride] = {}
         self._prepared: dict[str, tuple[str, AgentChain]] = {}
 
     @property
@@ -114,6 +114,12 @@ class Repositories:
             return False
         return read is not None and read.config.serving.load == ModelServing.LOAD_ON_DEMAND
 
+    def loaded(self, definition: ModelDefinition) -> None:
+        if definition.override is not None:
+            self._overrides[definition.name] = definition.override
+        else:
+            self._overrides.pop(definition.name, None)
+
     def forget_override(self, name: str) -> None:
         self._overrides.pop(name, None)
 
@@ -123,11 +129,7 @@ class Repositories:
         if content is None and (kept := self._overrides.get(name)) is not None:
             content = kept.content if kept.fingerprint == fingerprint else None
         definition = self._define(found, content, fingerprint)
-        if content is not None:
-            self._overrides[name] = _KeptOverride(content, fingerprint)
-        else:
-            self._overrides.pop(name, None)
-        return definition
+        return definition if content is None else replace(definition, override=KeptOverride(content, fingerprint))
 
     def _holder(self, name: str) -> tuple[Root, Entry]:
         namespace, end, plain = name.rpartition(NAMESPACE_END) if self._has_namespaces else ("", "", name)
@@ -159,7 +161,6 @@ class Repositories:
             path = _inside(directory, relative)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        self._overrides.pop(name, None)
         found = _Found(name, str(directory), directory, keeper)
         return self._define(found, override.config, _fingerprint(found.files(), directory))
 

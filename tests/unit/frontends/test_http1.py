@@ -56,7 +56,6 @@ def test_one_byte_at_a_time_is_fine_too() -> None:
         b"POST /a HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
         b"POST /a HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
         b"POST /a HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
-        b"POST /a HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"POST /a HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n",
         b"POST /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"POST /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n",
@@ -69,6 +68,12 @@ def test_one_byte_at_a_time_is_fine_too() -> None:
 def test_what_can_be_read_in_two_ways_is_refused(data: bytes) -> None:
     with pytest.raises(BadRequest):
         Parser().feed(data)
+
+
+def test_chunks_count_beside_a_length_and_the_connection_closes_after_them() -> None:
+    lengths = b"Content-Length: 42\r\nTransfer-Encoding: chunked\r\n"
+    [request] = Parser().feed(b"POST /a HTTP/1.1\r\n" + lengths + b"\r\n2\r\nab\r\n0\r\n\r\n")
+    assert (bytes(request.body), request.keep_alive) == (b"ab", False)
 
 
 def test_requests_before_a_bad_one_are_not_lost() -> None:

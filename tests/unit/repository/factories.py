@@ -44,6 +44,9 @@ class Source:
             raise PollError(f"no folder '{name}'")
         return self.models[name]
 
+    def loaded(self, definition: ModelDefinition) -> None:
+        """There are no overrides here."""
+
     def forget_override(self, name: str) -> None:
         """There are no overrides here."""
 

@@ -105,12 +105,24 @@ def test_models_may_wait_for_their_first_request(root: Path) -> None:
     assert [name for name in ("m", "lazy", "bad", "nobody") if source.is_on_demand(name)] == ["lazy"]
 
 
-def test_an_override_stays_until_the_files_change(root: Path) -> None:
+def test_an_override_that_loaded_stays_until_the_files_change(root: Path) -> None:
     source = Repositories([root])
-    assert source.poll("m", Override(config='{"max_batch_size": 9}')).config.max_batch_size == 9
+    source.loaded(source.poll("m", Override(config='{"max_batch_size": 9}')))
+    again = source.poll("m", None)
+    assert again.config.max_batch_size == 9
+    source.loaded(again)
     assert source.poll("m", None).config.max_batch_size == 9
     write(root, {"m/2/model.py": "changed"})
     assert source.poll("m", None).config.max_batch_size == 4
+
+
+def test_an_override_that_failed_to_load_is_forgotten_and_the_one_before_stays(root: Path) -> None:
+    source = Repositories([root])
+    source.poll("m", Override(config='{"max_batch_size": 7}'))  # and no word that it loaded
+    assert source.poll("m", None).config.max_batch_size == 4
+    source.loaded(source.poll("m", Override(config='{"max_batch_size": 9}')))
+    source.poll("m", Override(config='{"max_batch_size": 7}'))
+    assert source.poll("m", None).config.max_batch_size == 9
 
 
 def test_files_of_a_load_request_are_a_place_of_their_own(root: Path) -> None:
