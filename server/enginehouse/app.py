@@ -31,7 +31,7 @@ from enginehouse.options import ModelControlMode, RateLimitMode, ServerOptions
 from enginehouse.repository.agents import Agents
 from enginehouse.repository.lifecycle import Lifecycle
 from enginehouse.repository.readings import version_readings
-from enginehouse.repository.registry import Registry
+from enginehouse.repository.registry import Registry, ServedVersion
 from enginehouse.repository.serving import Serving
 from enginehouse.repository.source import Repositories
 from enginehouse.repository.storage import open_root
@@ -46,6 +46,7 @@ GIL_SWITCH_INTERVAL_S = 0.0005
 """Other people's native backends hold the GIL: the loop gets it back this fast (IPC measurements)."""
 
 IDLE_LOOK_INTERVAL_S = 1.0
+_IN_FLIGHT_LOOK_S = 0.05
 HOSTS_GRACE_S = 3.0
 """For what is still in hosts when everything else is down; workers die with the server anyhow."""
 
@@ -108,7 +109,14 @@ class Server:
         self._front_ends = front_ends(self.core, self.options)
         for front_end in self._front_ends:
             await _started(front_end)
-        problems = await self._load_models()
+        try:
+            problems = await self._load_models()
+        except StartFailed as failure:
+            if self.options.exit_on_error:
+                raise
+            logger.error("%s", str(failure).removeprefix("creating server: ").replace(" - ", ": ", 1))
+            self.core.never_starts = True
+            return
         if problems:
             for name, problem in problems.items():
                 logger.error("%s: %s", name, problem)
@@ -144,10 +152,13 @@ class Server:
         for watcher in self._watchers:
             watcher.cancel()
         logger.info("Waiting for in-flight requests to complete.")
-        grace_s = float(self.options.exit_timeout_secs)
-        await asyncio.gather(*(front_end.stop(grace_s) for front_end in self._front_ends))
+        self.core.stopping = True
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + self.options.exit_timeout_secs
+        await self._finish_inferences(end_s)
+        await asyncio.gather(*(front_end.stop(end_s - loop.time()) for front_end in self._front_ends))
         try:
-            await asyncio.wait_for(self._take_down(), grace_s)
+            await asyncio.wait_for(self._take_down(end_s), end_s - loop.time())
         except TimeoutError:
             logger.error("Exit timeout expired. Exiting immediately.")
         try:
@@ -164,18 +175,36 @@ class Server:
             await asyncio.sleep(IDLE_LOOK_INTERVAL_S)
             await self.lifecycle.unload_idle()
 
-    async def _take_down(self) -> None:
-        closing = asyncio.ensure_future(self.lifecycle.close())
-        remaining_s = self.options.exit_timeout_secs
-        while True:
-            live = self.lifecycle.num_live
-            logger.info("Timeout %s: Found %s live models and 0 in-flight non-inference requests", remaining_s, live)
-            done, _ = await asyncio.wait([closing], timeout=1.0)
-            remaining_s -= 1
-            if done:
+    async def _finish_inferences(self, end_s: float) -> None:
+        """Returns when no request and no sequence is left, or it is too late."""
+        loop = asyncio.get_running_loop()
+        next_word_s = loop.time()
+        while (now_s := loop.time()) < end_s:
+            busy = {served: count for served in self.registry.all_ready() if (count := _num_unfinished(served))}
+            if now_s >= next_word_s or not busy:
+                next_word_s += 1.0
+                left_s = round(end_s - now_s)
+                logger.info("Timeout %s: Found %s model versions that have in-flight inferences", left_s, len(busy))
+                for served, count in busy.items():
+                    logger.info(
+                        "Model '%s' (version %s) has %s in-flight inferences", served.name, served.version, count
+                    )
+            if not busy:
                 return
+            await asyncio.sleep(_IN_FLIGHT_LOOK_S)
+
+    async def _take_down(self, end_s: float) -> None:
+        closing = asyncio.ensure_future(self.lifecycle.close())
+        loop = asyncio.get_running_loop()
+        while not closing.done():
+            left_s, live = round(end_s - loop.time()), self.lifecycle.num_live
+            logger.info("Timeout %s: Found %s live models and 0 in-flight non-inference requests", left_s, live)
+            await asyncio.wait([closing], timeout=1.0)
 
     async def _load_models(self) -> dict[str, str]:
+        missing = [root for root in self.options.model_repository if "://" not in root and not Path(root).is_dir()]
+        if missing:
+            raise StartFailed(f"creating server: Internal - failed to stat file {missing[0]}")
         try:
             names = await asyncio.to_thread(self.source.names)
         except EnginehouseError as error:
@@ -226,6 +255,11 @@ def _cache_reading(cache: ResponseCache) -> CacheReading:
     )
 
 
+def _num_unfinished(served: ServedVersion) -> int:
+    """Requests, or sequences that their clients may go on with: as Triton counts them."""
+    return int(served.scheduler.num_sequences or served.scheduler.num_in_flight)
+
+
 async def _started(front_end: FrontEnd) -> None:
     try:
         await front_end.start()
@@ -266,9 +300,5 @@ def run(options: ServerOptions) -> int:
     sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
     for line in options.warnings:
         print(line, file=sys.stderr)
-    missing = [root for root in options.model_repository if "://" not in root and not Path(root).is_dir()]
-    if missing:
-        print(f"error: creating server: Internal - failed to stat file {missing[0]}", file=sys.stderr)
-        return 1
     with ServerLogging(_log_settings(options)) as logs:
         return uvloop.run(_serve(options, logs))

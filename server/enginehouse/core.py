@@ -26,6 +26,7 @@ from enginehouse.observe.logs import log_for_model
 from enginehouse.repository.definition import Override
 from enginehouse.repository.lifecycle import Lifecycle
 from enginehouse.repository.registry import DUPLICATE, IndexEntry, Registry, ServedVersion, VersionState
+from enginehouse.scheduling.in_flight import stopped
 from enginehouse.scheduling.tuning_report import with_tuning
 from enginehouse.types import GenerateRequest, InferRequest, InferResponse, TokenEvent
 
@@ -71,6 +72,10 @@ class Core:
         self.extensions: Sequence[str] = EXTENSIONS
         self.started = False
         self.draining = False
+        self.stopping = False
+        """Clients get no new inference, and may end the sequences that they have begun."""
+        self.never_starts = False
+        """The start failed and the server stays, to say so (--exit-on-error=false)."""
         self._waiting_for_load: dict[str, list[InferRequest]] = {}
 
     # --- health
@@ -120,11 +125,13 @@ class Core:
 
     async def loaded_model(self, name: str, version: str = "") -> ServedVersion:
         """As `model`; loads a model that is to be loaded on demand."""
+        self._check_started()
         if self._must_load(name):
             await self._lifecycle.load(self.registry.resolve(name))
         return self.registry.find(name, version)
 
     def index(self, repository: str = "", ready_only: bool = False) -> list[IndexEntry]:
+        self._check_started()
         duplicates = self.source.known_duplicates()
         names = [name for name in self.source.known_names() if name not in duplicates]
         refused = [IndexEntry(name, "", VersionState.UNAVAILABLE.value, DUPLICATE) for name in sorted(duplicates)]
@@ -134,6 +141,7 @@ class Core:
         self, name: str, config: str | None = None, files: Mapping[str, bytes] | None = None
     ) -> None:
         """Raises Unavailable where the control mode forbids it."""
+        self._check_started()
         self._check_control()
         override = Override(config, files or {}) if config is not None or files else None
         for key in await self._keys_of(name):
@@ -141,6 +149,7 @@ class Core:
             await asyncio.shield(self._lifecycle.load(key, override))
 
     async def unload(self, name: str, unload_dependents: bool = False) -> None:
+        self._check_started()
         self._check_control()
         for key in await self._keys_of(name):
             await asyncio.shield(self._lifecycle.unload(key, unload_dependents))
@@ -154,6 +163,7 @@ class Core:
 
     def statistics(self, name: str = "", version: str = "") -> list[Any]:
         """inference.ModelStatistics messages. Raises InvalidArgument if there is no such ready model."""
+        self._check_started()
         if not name:
             served: Iterable[ServedVersion] = self.registry.all_ready()
         elif not (ready := self.registry.ready_versions(name)):
@@ -170,6 +180,15 @@ class Core:
         return [with_tuning(one.statistics.message(), one.scheduler) for one in served]
 
     # --- inference
+
+    def submit_for_client(self, request: InferRequest) -> None:
+        """As `submit`, for a request from outside: refused once the server stops, unless it goes on with a sequence.
+
+        What models and ensembles ask for in the name of accepted requests is still answered then.
+        """
+        if self.stopping and (not request.correlation_id or request.sequence_start):
+            raise stopped(request)
+        self.submit(request)
 
     def submit(self, request: InferRequest) -> None:
         """Checks and accepts, or raises; then `request.sink` gets answers on the loop, one of them final."""
@@ -245,7 +264,7 @@ class Core:
                 future.set_result(response)
 
         request.sink = answer
-        self.submit(request)
+        self.submit_for_client(request)
         try:
             response = await future
         except asyncio.CancelledError:
@@ -265,7 +284,7 @@ class Core:
             arrived.set()
 
         request.sink = answer
-        self.submit(request)
+        self.submit_for_client(request)
         finished = False
         try:
             while not finished:
@@ -283,6 +302,8 @@ class Core:
 
     def generate(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None:
         """To an LLM's engine. Raises Unsupported for a model that is none."""
+        if self.stopping:
+            raise Unavailable("Server is stopping, no new generation is accepted")
         self._engine_of(request.model_name).submit(request, emit)
 
     def cancel_generate(self, model_name: str, request_id: str) -> None:
@@ -321,6 +342,10 @@ class Core:
     def _lifecycle(self) -> Lifecycle:
         assert self.lifecycle is not None, "app sets the lifecycle before anything is asked: a bug"
         return self.lifecycle
+
+    def _check_started(self) -> None:
+        if self.never_starts:
+            raise Unavailable("Server not ready")
 
     def _check_control(self) -> None:
         if self.options.model_control_mode.value != "explicit":

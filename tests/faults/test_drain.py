@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 import tritonclient.http as http
+from tritonclient.utils import InferenceServerException
 
 from enginehouse.testing.server import ServerProcess
 
@@ -83,3 +86,53 @@ def test_the_server_says_not_ready_while_it_still_serves(repository: Path) -> No
             time.sleep(0.01)
         assert infer(client, http, 0.0) == 0.0
         assert server.process.wait(20) == 0
+
+
+SUMS = Path(__file__).parents[1] / "acceptance" / "frontends" / "models" / "running_sum"
+
+
+def test_what_was_begun_goes_on_and_nothing_new_is_taken(repository: Path) -> None:
+    shutil.copytree(SUMS, repository / "running_sum")
+    with ServerProcess([repository]) as server:
+        client = grpc.InferenceServerClient(server.grpc)
+
+        def add(value: int, **flags: bool | int) -> int:
+            tensor = grpc.InferInput("IN", [1, 1], "INT32")
+            tensor.set_data_from_numpy(np.array([[value]], np.int32))
+            return int(client.infer("running_sum", [tensor], **flags).as_numpy("OUT").item())
+
+        assert add(5, sequence_id=7, sequence_start=True) == 5
+        assert server.process is not None
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: "Waiting for in-flight" in server.log)
+        refused = "Server is stopping, scheduler for model has stopped accepting new inference requests"
+        for new in (lambda: infer(client, grpc, 0.0), lambda: add(1, sequence_id=8, sequence_start=True)):
+            with pytest.raises(InferenceServerException, match=refused) as caught:
+                new()
+            assert caught.value.status() == "StatusCode.UNAVAILABLE"
+        assert add(6, sequence_id=7, sequence_end=True) == 11
+        assert server.process.wait(20) == 0
+        assert "Model 'running_sum' (version 1) has 1 in-flight inferences" in server.log
+
+
+def test_a_repository_that_is_not_there_ends_the_start_or_leaves_a_server_that_says_so(tmp_path: Path) -> None:
+    with ServerProcess([tmp_path / "nowhere"], wait_ready=False) as server:
+        assert server.process is not None
+        assert server.process.wait(30) == 1
+        assert f"error: creating server: Internal - failed to stat file {tmp_path / 'nowhere'}" in server.log
+    with ServerProcess([tmp_path / "nowhere"], ["--exit-on-error=false"], wait_ready=False) as server:
+        wait_for(lambda: "failed to stat file" in server.log)
+        client = http.InferenceServerClient(server.http)
+        assert not client.is_server_live()
+        assert client.get_server_metadata()["name"] == "triton"
+        with pytest.raises(InferenceServerException, match="Server not ready") as caught:
+            client.get_model_metadata("any")
+        assert caught.value.status() == "503"
+        assert server.stop() == 0
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came true"
+        time.sleep(0.01)

@@ -43,7 +43,7 @@ class Exchange(Pending[T]):
     def submit(self, core: Core) -> None:
         """Raises what the core refuses the request with; then `refuse` is to be called."""
         self.request.sink = self._take_response
-        core.submit(self.request)
+        core.submit_for_client(self.request)
 
     def refuse(self, result: T | Exception) -> None:
         """The request can't be submitted; the client gets that."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from enginehouse.config.schema import ModelServing
 from enginehouse.execution.residency import Residency, Resident
 from enginehouse.repository.load_plan import Loaded
-from enginehouse.repository.registry import Registry
+from enginehouse.repository.registry import Registry, ServedVersion
 
 _RESIDENCY = {
     ModelServing.RESIDENCY_AUTO: Residency.AUTO,
@@ -33,8 +33,14 @@ def residents(
                 bytes_of(name),
                 (now_ns - max(served.last_used_ns for served in ready)) / 1e9,
                 one.load_s,
-                any(served.scheduler is not None and served.scheduler.num_in_flight for served in ready),
+                any(_is_busy(served) for served in ready),
                 serving.idle_unload_s,
             )
         )
     return found
+
+
+def _is_busy(served: ServedVersion) -> bool:
+    """A sequence between two requests keeps its model too: what it knows would be lost."""
+    scheduler = served.scheduler
+    return scheduler is not None and bool(scheduler.num_in_flight or scheduler.num_sequences)

@@ -64,6 +64,10 @@ class CachingScheduler:
     def num_in_flight(self) -> int:
         return self._inner.num_in_flight + self._num_held
 
+    @property
+    def num_sequences(self) -> int:
+        return 0
+
     def submit(self, request: InferRequest) -> None:
         if self._is_closed:
             raise stopped(request)

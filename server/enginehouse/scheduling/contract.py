@@ -50,6 +50,11 @@ class Scheduler(Protocol):
         """Requests accepted and without their final response."""
         ...
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that have begun and not ended: their clients may be between two requests."""
+        ...
+
     async def drain(self) -> None:
         """Returns when nothing is in flight. New requests are still accepted: the core stops sending them."""
         ...

@@ -62,6 +62,10 @@ class EnsembleScheduler:
     def num_in_flight(self) -> int:
         return self._in_flight.num_requests
 
+    @property
+    def num_sequences(self) -> int:
+        return 0
+
     def submit(self, request: InferRequest) -> None:
         if self._is_closed:
             raise stopped(request)

@@ -118,6 +118,10 @@ class GenerativeScheduler:
     def num_in_flight(self) -> int:
         return self._in_flight.num_requests
 
+    @property
+    def num_sequences(self) -> int:
+        return 0
+
     async def drain(self) -> None:
         await self._in_flight.drained()
 

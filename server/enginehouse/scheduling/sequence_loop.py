@@ -75,9 +75,8 @@ class SequenceScheduler:
         if limits is not None:
             limits.on_room = self._look_everywhere
         self._in_flight = InFlight(observer)
-        order = ResponseOrder(self._in_flight.deliver) if options.preserves_order else None
-        self._order = order
-        self._deliver = order.respond if order is not None else self._in_flight.deliver
+        self._order = ResponseOrder(self._in_flight.deliver) if options.preserves_order else None
+        self._deliver = self._in_flight.deliver if self._order is None else self._order.respond
         self._book = SequenceBook(options.requests.model_name, options.max_idle_ns)
         self._lanes: dict[InstanceHandle, InstanceLane] = {}
         self._lane_numbers = count()
@@ -98,6 +97,10 @@ class SequenceScheduler:
     @property
     def num_in_flight(self) -> int:
         return self._in_flight.num_requests
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._book.sequences)
 
     def submit(self, request: InferRequest) -> None:
         if self._is_closed:

@@ -53,6 +53,7 @@ class Functions:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     num_in_flight: int = 0
     num_pending: int = 0
+    num_sequences: int = 0
 
     def submit(self, request: InferRequest) -> None:
         self.num_in_flight += 1

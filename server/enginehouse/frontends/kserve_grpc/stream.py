@@ -100,7 +100,7 @@ class _Session:
             exchange.request.sink = self._sink(exchange)
             if exchange.in_order:
                 self._ordered.append(exchange)
-            self._core.submit(exchange.request)
+            self._core.submit_for_client(exchange.request)
         except EnginehouseError as error:
             if exchange not in self._ordered:
                 self._ordered.append(exchange)

@@ -74,7 +74,7 @@ class GenerateHandler:
         self._forwarding.apply(request, http.headers.items())
         self._traces.begin(request, http.headers.items())
         answers = AnswerStream(request)
-        self._core.submit(request)
+        self._core.submit_for_client(request)
         return request, answers
 
 

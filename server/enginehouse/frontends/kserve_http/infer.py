@@ -145,7 +145,7 @@ class InferHandler:
             header_length = _header_length(http.headers.get(_HEADER_LENGTH), len(body))
             self._decode(http, request, options, served, body, header_length)
             answers = AnswerStream(request)
-            self._core.submit(request)
+            self._core.submit_for_client(request)
         except BaseException:
             options.release()
             raise
