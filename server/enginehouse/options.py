@@ -121,19 +121,24 @@ class ServerOptions:
     )
 
     allow_http: bool = _http(True, boolean, "Serve HTTP.")
-    http_address: str = _http("0.0.0.0", text, "Address to listen on.")
+    http_address: str = _http("0.0.0.0", text, "Address to listen on, or unix:<path>.")
     http_port: int = _http(8000, port, "Port to listen on.")
     reuse_http_port: bool = _http(False, boolean, "Set SO_REUSEPORT.")
     http_header_forward_pattern: str = _http("", pattern, "Headers that match become request parameters.")
     http_thread_count: int = _http(8, count, "One event loop serves all connections.", has_effect=False)
     http_max_input_size: int = _http(67108864, count, "Largest request body in bytes, also after decompression.")
+    http_use_ssl: bool = _http(False, boolean, "Serve TLS (HTTPS).")
+    http_use_ssl_mutual: bool = _http(False, boolean, "Serve TLS and demand client certificates.")
+    http_server_cert: str = _http("", text, "PEM certificate of the server.")
+    http_server_key: str = _http("", text, "PEM key of the server.")
+    http_root_cert: str = _http("", text, "PEM certificates that sign clients'.")
     allow_console: bool = _http(True, boolean, "Serve the console at /console, and at / to browsers.")
     http_restricted_api: tuple[RestrictedGroup, ...] = _http(
         (), option_values.restricted("http-restricted-api", "api"), "These APIs answer only with the header."
     )
 
     allow_grpc: bool = _grpc(True, boolean, "Serve gRPC.")
-    grpc_address: str = _grpc("0.0.0.0", text, "Address to listen on.")
+    grpc_address: str = _grpc("0.0.0.0", text, "Address to listen on, or unix:<path>.")
     grpc_port: int = _grpc(8001, port, "Port to listen on.")
     reuse_grpc_port: bool = _grpc(False, boolean, "Set SO_REUSEPORT.")
     grpc_header_forward_pattern: str = _grpc("", pattern, "Metadata that match become request parameters.")
@@ -356,4 +361,6 @@ def parse_options(argv: Sequence[str], environment: Mapping[str, str] | None = N
         options = replace(options, allow_gpu_metrics=False, allow_cpu_metrics=False)
     if options.grpc_use_ssl_mutual:
         options = replace(options, grpc_use_ssl=True)
+    if options.http_use_ssl_mutual:
+        options = replace(options, http_use_ssl=True)
     return replace(options, warnings=options.warnings + option_checks.warnings(options))

@@ -1,6 +1,6 @@
 """gRPC calls as methods see them: bytes and metadata, no object of any transport.
 
-A method raises an EnginehouseError to end its call with that status. The transport (grpcio_transport.py)
+A method raises an EnginehouseError to end its call with that status. The transport (http2_transport.py)
 cancels the task of a method whose client cancels, leaves, or runs out of time.
 """
 

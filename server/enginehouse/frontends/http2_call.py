@@ -27,6 +27,8 @@ _RESPONSE_HEADERS = (
     + literal_header(b"content-type", b"application/grpc")
     + literal_header(b"grpc-accept-encoding", b"identity, deflate, gzip")
 )
+_GZIP_HEADERS = _RESPONSE_HEADERS + literal_header(b"grpc-encoding", b"gzip")
+_GZIP_WINDOW_BITS = 16 + zlib.MAX_WBITS
 _OK_TRAILERS = literal_header(b"grpc-status", b"0")
 _WORTH_NO_COPY_BYTES = 64 << 10
 _MAX_UNREAD = 64
@@ -43,7 +45,7 @@ class Call:
     __slots__ = (
         "_decompress", "_ended", "_expiry", "_flag", "_has_begun", "_held_bytes", "_messages", "_method",
         "_num_missing", "_parts", "_pending", "_prefix", "_reader", "_sent_headers", "_start", "_stream", "_task",
-        "closed", "grpc",
+        "closed", "grpc", "gzip_level",
     )  # fmt: skip
 
     def __init__(self, start: Start, stream: Stream, grpc: GrpcCall, encoding: bytes) -> None:
@@ -67,6 +69,8 @@ class Call:
         self._task: asyncio.Task[None] | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._sent_headers = False
+        self.gzip_level = 0
+        """How hard to compress the answers; 0 is not at all."""
         self.closed = False
 
     def begin(self, method: Method, missing_header: str | None) -> None:
@@ -240,8 +244,13 @@ class Call:
     def _write(self, message: bytes) -> None:
         if not self._sent_headers:
             self._sent_headers = True
-            self._stream.send_headers(_RESPONSE_HEADERS)
-        prefix = b"\x00" + len(message).to_bytes(4, "big")
+            self._stream.send_headers(_GZIP_HEADERS if self.gzip_level else _RESPONSE_HEADERS)
+        flag = b"\x00"
+        if self.gzip_level:
+            packed = zlib.compress(message, self.gzip_level, _GZIP_WINDOW_BITS)
+            if len(packed) < len(message):
+                flag, message = b"\x01", packed
+        prefix = flag + len(message).to_bytes(4, "big")
         if len(message) < _WORTH_NO_COPY_BYTES:
             self._stream.send_data(prefix + message)
         else:
@@ -293,7 +302,7 @@ def _percent_encoded(message: str) -> bytes:
 def _decompressed(message: bytes, encoding: bytes) -> bytes:
     if not encoding:
         raise ValueError("it is marked as compressed and the call names no encoding")
-    inflater = zlib.decompressobj(16 + zlib.MAX_WBITS if encoding == b"gzip" else zlib.MAX_WBITS)
+    inflater = zlib.decompressobj(_GZIP_WINDOW_BITS if encoding == b"gzip" else zlib.MAX_WBITS)
     # One byte more than the bound tells that it was passed, without making the rest.
     data = inflater.decompress(message, MAX_MESSAGE_BYTES + 1)
     if not inflater.eof and len(data) <= MAX_MESSAGE_BYTES:

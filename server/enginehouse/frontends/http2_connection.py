@@ -17,6 +17,7 @@ import hpack
 
 from enginehouse.frontends import http2_frames as h2
 from enginehouse.frontends.http2_frames import FrameType, Http2Code, ProtocolError, Setting
+from enginehouse.frontends.http2_keeping import KeepAlive, Keeper
 from enginehouse.frontends.http2_stream import OUR_WINDOW_BYTES, Stream, StreamHandler
 
 OUR_CONNECTION_WINDOW_BYTES = 64 << 20
@@ -38,6 +39,7 @@ class Http2Connection(asyncio.Protocol):
         open_stream: Callable[[Stream, Headers, bool], StreamHandler],
         on_closed: Callable[[Http2Connection], None],
         loop: asyncio.AbstractEventLoop,
+        keep_alive: KeepAlive,
     ) -> None:
         self._open_stream = open_stream
         self._on_closed = on_closed
@@ -54,6 +56,8 @@ class Http2Connection(asyncio.Protocol):
         self._last_stream_id = 0
         self._received = 0
         self._num_unread_acks = 0
+        self._keeper = Keeper(self, keep_alive, loop)
+        self.num_written = 0
         self.streams: dict[int, Stream] = {}
         self.blocked: set[Stream] = set()
         self.waiting: set[Stream] = set()
@@ -79,6 +83,7 @@ class Http2Connection(asyncio.Protocol):
         self.send(h2.window_update(0, OUR_CONNECTION_WINDOW_BYTES - h2.DEFAULT_WINDOW_BYTES))
 
     def data_received(self, data: bytes) -> None:
+        self._keeper.last_heard_s = self._loop.time()
         buffer = self._buffer
         buffer += data
         try:
@@ -94,6 +99,7 @@ class Http2Connection(asyncio.Protocol):
 
     def connection_lost(self, exception: Exception | None) -> None:
         self.closed = True
+        self._keeper.close()
         self._out.clear()
         streams, self.streams = list(self.streams.values()), {}
         for stream in streams:
@@ -148,6 +154,13 @@ class Http2Connection(asyncio.Protocol):
         self.blocked.discard(stream)
         if self.stopping and not self.streams:
             self._close()
+
+    @property
+    def has_calls(self) -> bool:
+        return bool(self.streams)
+
+    def ping(self) -> None:
+        self.send(h2.frame(FrameType.PING, 0, 0, b"alive?\0\0"))
 
     def stop(self) -> None:
         """Takes no new streams; closes when those that are open have ended."""
@@ -215,6 +228,8 @@ class Http2Connection(asyncio.Protocol):
             if len(payload) != 8:
                 raise ProtocolError(Http2Code.FRAME_SIZE_ERROR, "PING of a wrong length")
             if not flags & h2.ACK:
+                if not self._keeper.may_ping():
+                    raise ProtocolError(Http2Code.ENHANCE_YOUR_CALM, "too_many_pings")
                 self._acknowledge(h2.frame(FrameType.PING, h2.ACK, 0, bytes(payload)))
         elif kind == FrameType.SETTINGS:
             if not flags & h2.ACK:

@@ -17,6 +17,7 @@ class Sender(Protocol):
     """The connection, as its streams see it."""
 
     may_send: int
+    num_written: int
     max_frame_bytes: int
     writable: bool
     closed: bool
@@ -69,6 +70,7 @@ class Stream:
 
     def send_headers(self, block: bytes, end: bool = False) -> None:
         """A block made by `http2_frames.literal_header`. Waits behind data that is still blocked."""
+        self.connection.num_written += 1
         data = h2.frame(FrameType.HEADERS, h2.END_HEADERS | (h2.END_STREAM if end else 0), self.id, block)
         if self._blocked:
             self._blocked.append(data)
@@ -82,6 +84,7 @@ class Stream:
     def send_data(self, data: bytes) -> None:
         """As much as the windows allow now, the rest as they open."""
         connection = self.connection
+        connection.num_written += 1
         size = len(data)
         if not self._blocked and size <= self.may_send and size <= connection.may_send:
             self.may_send -= size

@@ -1,7 +1,7 @@
 """gRPC under the methods: our own, on HTTP/2 over asyncio, for a tenth of grpcio's cost a call.
 
-Takes over where no option asks for what only grpcio does (TLS, keep-alive policies, compressed answers). The
-wire: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md.
+The wire: https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md. grpcio's asyncio server was tried for what
+this one didn't do at first: a path that is no UTF-8 ends it for everybody (1.85).
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import re
 import time
 from collections.abc import Awaitable, Mapping
 
-from enginehouse.errors import Unavailable
 from enginehouse.frontends.grpc_call import GrpcCall, Method
 from enginehouse.frontends.grpc_delays import GrpcDelays
 from enginehouse.frontends.http2_call import DEADLINE_EXCEEDED, UNIMPLEMENTED, Call
 from enginehouse.frontends.http2_connection import Headers, Http2Connection
 from enginehouse.frontends.http2_frames import literal_header
+from enginehouse.frontends.http2_keeping import KeepAlive
 from enginehouse.frontends.http2_stream import Stream, StreamHandler
+from enginehouse.frontends.listening import Certificates, listen, port_of, socket_name
 from enginehouse.frontends.restricted_apis import RESTRICTED_PREFIX, Api, RestrictedApis
-from enginehouse.options import ServerOptions
+from enginehouse.options import CompressionLevel, ServerOptions
 
 _UNIT_NS = {b"H": 3600 * 10**9, b"M": 60 * 10**9, b"S": 10**9, b"m": 10**6, b"u": 10**3, b"n": 1}
+_GZIP_LEVELS = {
+    CompressionLevel.NONE: 0, CompressionLevel.LOW: 1, CompressionLevel.MEDIUM: 6, CompressionLevel.HIGH: 9,
+}  # fmt: skip
 _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _NOT_METADATA = frozenset(
     (b"te", b"content-type", b"grpc-timeout", b"grpc-encoding", b"grpc-accept-encoding", b"host", b"connection")
@@ -36,7 +40,9 @@ class Http2GrpcServer:
     """Listens on one address and gives every call to its method."""
 
     def __init__(self, methods: Mapping[str, Method], options: ServerOptions) -> None:
-        self._calls = _Calls(methods, RestrictedApis(options.grpc_restricted_protocol, RESTRICTED_PREFIX))
+        restricted = RestrictedApis(options.grpc_restricted_protocol, RESTRICTED_PREFIX)
+        self._calls = _Calls(methods, restricted, _GZIP_LEVELS[options.grpc_infer_response_compression_level])
+        self._keep_alive = KeepAlive.of(options)
         self._options = options
         self._listener: asyncio.Server | None = None
         self._connections: set[Http2Connection] = set()
@@ -44,30 +50,22 @@ class Http2GrpcServer:
         self.port = options.grpc_port
 
     async def start(self) -> None:
-        """Raises Unavailable if the address is taken."""
+        """Raises Unavailable if the address is taken, InvalidArgument for certificates that are none."""
         loop = asyncio.get_running_loop()
         options = self._options
+        certificates = _certificates(options)
+        tls = None if certificates is None else certificates.context("h2")
 
         def connect() -> Http2Connection:
-            connection = Http2Connection(self._calls.open, self._forget, loop)
+            connection = Http2Connection(self._calls.open, self._forget, loop, self._keep_alive)
             self._connections.add(connection)
             return connection
 
-        try:
-            self._listener = await loop.create_server(
-                connect,
-                options.grpc_address,
-                options.grpc_port,
-                reuse_port=options.reuse_grpc_port or None,
-                backlog=1024,
-            )
-        except OSError as error:
-            raise Unavailable(
-                f"failed to start GRPC service: Unavailable - Socket '{options.grpc_address}:{options.grpc_port}' "
-                f"already in use ({error.strerror})"
-            ) from None
-        self.port = self._listener.sockets[0].getsockname()[1]
-        _logger.info("Started GRPCInferenceService at %s:%s", options.grpc_address, self.port)
+        self._listener = await listen(
+            connect, "GRPC", options.grpc_address, options.grpc_port, reuse_port=options.reuse_grpc_port, tls=tls
+        )
+        self.port = port_of(self._listener, options.grpc_port)
+        _logger.info("Started GRPCInferenceService at %s", socket_name(options.grpc_address, self.port))
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Takes no new calls, lets those in flight end, then cancels them."""
@@ -87,10 +85,19 @@ class Http2GrpcServer:
             self._all_gone.set_result(None)
 
 
+def _certificates(options: ServerOptions) -> Certificates | None:
+    """Mutual TLS implies TLS; a root certificate without it is not asked for, as in Triton."""
+    if not options.grpc_use_ssl:
+        return None
+    root = options.grpc_root_cert if options.grpc_use_ssl_mutual else ""
+    return Certificates(options.grpc_server_cert, options.grpc_server_key, root)
+
+
 class _Calls:
     """From a stream's headers to the method that it calls."""
 
-    def __init__(self, methods: Mapping[str, Method], restricted: RestrictedApis) -> None:
+    def __init__(self, methods: Mapping[str, Method], restricted: RestrictedApis, gzip_level: int) -> None:
+        self._gzip_level = gzip_level
         delays = GrpcDelays.from_environment()
         self._methods = {path.encode(): _delayed(method, delays) for path, method in methods.items()}
         self._restricted = restricted
@@ -98,7 +105,7 @@ class _Calls:
 
     def open(self, stream: Stream, headers: Headers, ends: bool) -> StreamHandler:
         now_ns = time.monotonic_ns()
-        path = content_type = encoding = b""
+        path = content_type = encoding = accepted = b""
         deadline_ns = 0
         metadata: list[tuple[str, str]] = []
         for name, value in headers:
@@ -110,6 +117,8 @@ class _Calls:
                 deadline_ns = _deadline_ns(value, now_ns)
             elif name == b"grpc-encoding":
                 encoding = value
+            elif name == b"grpc-accept-encoding":
+                accepted = value
             elif name[:1] != b":" and name not in _NOT_METADATA:
                 metadata.append((name.decode("latin-1"), _metadata_value(name, value)))
         call = Call(self.start, stream, GrpcCall(metadata, deadline_ns, now_ns), encoding)
@@ -125,6 +134,8 @@ class _Calls:
         elif deadline_ns and deadline_ns <= now_ns:
             call.refuse(DEADLINE_EXCEEDED, "Deadline Exceeded")
         else:
+            if self._gzip_level and method.api is Api.INFERENCE and b"gzip" in accepted:
+                call.gzip_level = self._gzip_level
             call.begin(method, self._missing_header(method, call))
         return call
 

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import TypeAlias, cast
 
-from enginehouse.errors import InvalidArgument, Unavailable
+from enginehouse.errors import InvalidArgument
 from enginehouse.frontends.compression import too_large
 from enginehouse.frontends.http1 import MAX_CHUNKS, BadRequest, Parser, Request
 from enginehouse.frontends.http_message import (
@@ -26,6 +26,7 @@ from enginehouse.frontends.http_message import (
     Reply,
     error_response,
 )
+from enginehouse.frontends.listening import Certificates, listen, port_of, socket_name
 from enginehouse.frontends.pending import Pending
 
 Handle: TypeAlias = Callable[[HttpRequest], Awaitable[Reply]]
@@ -53,6 +54,7 @@ class HttpServer:
         *,
         max_body_bytes: int = 0,
         reuse_port: bool = False,
+        certificates: Certificates | None = None,
         refuse_large: RefuseLarge | None = None,
     ) -> None:
         """`name` is for messages; `max_body_bytes` 0 is no limit; port 0 asks for a free one.
@@ -65,6 +67,7 @@ class HttpServer:
         self.port = port
         self.max_body_bytes = max_body_bytes
         self._reuse_port = reuse_port
+        self._certificates = certificates
         self._refuse_large = refuse_large or _refuse_large
         self.connections: set[_Connection] = set()
         self._all_gone: asyncio.Future[None] | None = None
@@ -73,24 +76,20 @@ class HttpServer:
         self.stopping = False
 
     async def start(self) -> None:
-        """Raises Unavailable if the address is taken."""
+        """Raises Unavailable if the address is taken, InvalidArgument for certificates that are none."""
         loop = asyncio.get_running_loop()
-        try:
-            self._listener = await loop.create_server(
-                lambda: _Connection(self, loop),
-                self._address,
-                self.port,
-                reuse_port=self._reuse_port or None,
-                backlog=1024,
-            )
-        except OSError as error:
-            raise Unavailable(
-                f"failed to start {self._name} service: Unavailable - Socket '{self._address}:{self.port}' "
-                f"already in use ({error.strerror})"
-            ) from None
-        self.port = self._listener.sockets[0].getsockname()[1]
+        tls = None if self._certificates is None else self._certificates.context("http/1.1")
+        self._listener = await listen(
+            lambda: _Connection(self, loop),
+            self._name,
+            self._address,
+            self.port,
+            reuse_port=self._reuse_port,
+            tls=tls,
+        )
+        self.port = port_of(self._listener, self.port)
         title = "HTTPService" if self._name == "HTTP" else f"{self._name} Service"
-        _logger.info("Started %s at %s:%s", title, self._address, self.port)
+        _logger.info("Started %s at %s", title, socket_name(self._address, self.port))
         self._sweep = loop.call_later(_STALL_S / 2, self._close_stalled, loop)
 
     async def stop(self, grace_s: float = 5.0) -> None:

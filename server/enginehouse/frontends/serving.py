@@ -12,7 +12,6 @@ from enginehouse.core import Core
 from enginehouse.frontends.cloud.sagemaker import SageMaker
 from enginehouse.frontends.cloud.vertex_ai import VertexAI
 from enginehouse.frontends.console import Console
-from enginehouse.frontends.grpcio_transport import GrpcioServer
 from enginehouse.frontends.http2_transport import Http2GrpcServer
 from enginehouse.frontends.http_message import TEXT, HttpRequest, HttpResponse, Reply
 from enginehouse.frontends.http_routes import PathParts, Route, Router
@@ -22,24 +21,12 @@ from enginehouse.frontends.kserve_grpc.methods import v2_methods
 from enginehouse.frontends.kserve_grpc.reflection import ReflectionMethods, reflection_pool
 from enginehouse.frontends.kserve_http.front_end import V2Handlers, v2_routes
 from enginehouse.frontends.kserve_http.infer import JSON_ALLOWANCE
+from enginehouse.frontends.listening import Certificates
 from enginehouse.frontends.openai.front_end import OpenAIFrontEnd
 from enginehouse.frontends.restricted_apis import RestrictedApis
 from enginehouse.frontends.shared_memory.regions import Regions
 from enginehouse.options import ServerOptions
 
-_GRPCIO_OPTIONS = (
-    "grpc_use_ssl",
-    "grpc_use_ssl_mutual",
-    "grpc_infer_response_compression_level",
-    "grpc_keepalive_time",
-    "grpc_keepalive_timeout",
-    "grpc_keepalive_permit_without_calls",
-    "grpc_http2_max_pings_without_data",
-    "grpc_http2_min_recv_ping_interval_without_data",
-    "grpc_http2_max_ping_strikes",
-    "grpc_max_connection_age",
-    "grpc_max_connection_age_grace",
-)
 METRICS_TYPE = "text/plain; charset=utf-8"
 
 
@@ -62,6 +49,13 @@ def make_regions(options: ServerOptions) -> Regions:
     return Regions(allowed=options.allow_client_shm)
 
 
+def http_certificates(options: ServerOptions) -> Certificates | None:
+    if not options.http_use_ssl:
+        return None
+    root = options.http_root_cert if options.http_use_ssl_mutual else ""
+    return Certificates(options.http_server_cert, options.http_server_key, root)
+
+
 def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:
     routes = v2_routes(core, options, regions)
     openai = OpenAIFrontEnd(core, options) if options.allow_openai and options.openai_port is None else None
@@ -77,6 +71,7 @@ def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd
         options.http_port,
         max_body_bytes=JSON_ALLOWANCE * options.http_max_input_size,
         reuse_port=options.reuse_http_port,
+        certificates=http_certificates(options),
         refuse_large=None if openai is None else openai.refuse_large,
     )
 
@@ -91,6 +86,7 @@ def serve_openai(core: Core, options: ServerOptions, port: int) -> FrontEnd:
         options.openai_host,
         port,
         max_body_bytes=options.http_max_input_size,
+        certificates=http_certificates(options),
         refuse_large=openai.refuse_large,
     )
 
@@ -98,15 +94,7 @@ def serve_openai(core: Core, options: ServerOptions, port: int) -> FrontEnd:
 def serve_grpc(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:
     methods = v2_methods(core, options, regions) | HealthMethods(core).methods()
     pool = reflection_pool()
-    if needs_grpcio(options):
-        return GrpcioServer(methods | ReflectionMethods(pool).methods(), options)
     return Http2GrpcServer(methods | ReflectionMethods(pool).methods(), options)
-
-
-def needs_grpcio(options: ServerOptions) -> bool:
-    """Whether an option asks for what only grpcio does: TLS, connection policies, compressed answers."""
-    plain = ServerOptions()
-    return any(getattr(options, name) != getattr(plain, name) for name in _GRPCIO_OPTIONS)
 
 
 def serve_sagemaker(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:

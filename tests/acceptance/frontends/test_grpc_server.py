@@ -1,11 +1,9 @@
-"""What gRPC's own tools expect: TLS, reflection, health, cancellation and deadlines."""
+"""What gRPC's own tools expect: reflection, health, cancellation and deadlines."""
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,56 +15,6 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from tritonclient.utils import InferenceServerException
 
 from enginehouse.testing.server import ServerProcess
-
-from .conftest import MODELS
-
-
-def openssl(*words: str) -> None:
-    subprocess.run(["openssl", *words], check=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, and a server and a client that it vouches for."""
-    folder = tmp_path_factory.mktemp("certificates")
-
-    def path(name: str) -> str:
-        return str(folder / name)
-
-    subject = ("-subj", "/CN=authority")
-    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject,
-            "-keyout", path("ca.key"), "-out", path("ca.crt"))  # fmt: skip
-    (folder / "san").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost")
-    for who in ("server", "client"):
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={who}",
-                "-keyout", path(f"{who}.key"), "-out", path(f"{who}.csr"))  # fmt: skip
-        openssl("x509", "-req", "-days", "2", "-in", path(f"{who}.csr"), "-CA", path("ca.crt"),
-                "-CAkey", path("ca.key"), "-CAcreateserial", "-extfile", path("san"),
-                "-out", path(f"{who}.crt"))  # fmt: skip
-    return folder
-
-
-def test_mutual_tls_lets_only_known_clients_in(certificates: Path) -> None:
-    flags = [
-        "--model-control-mode=explicit",
-        "--load-model=echo",
-        "--grpc-use-ssl-mutual=true",
-        f"--grpc-server-cert={certificates / 'server.crt'}",
-        f"--grpc-server-key={certificates / 'server.key'}",
-        f"--grpc-root-cert={certificates / 'ca.crt'}",
-    ]
-    root = str(certificates / "ca.crt")
-    key, chain = str(certificates / "client.key"), str(certificates / "client.crt")
-    with ServerProcess([MODELS], flags) as server:
-        known = {"root_certificates": root, "private_key": key, "certificate_chain": chain}
-        with grpc_client.InferenceServerClient(server.grpc, ssl=True, **known) as client:
-            assert client.is_server_live()
-        for options in ({"ssl": True, "root_certificates": root}, {}):
-            with (
-                grpc_client.InferenceServerClient(server.grpc, **options) as client,
-                pytest.raises(InferenceServerException),
-            ):
-                client.is_server_live(client_timeout=5)
 
 
 def test_reflection_describes_the_service(wire: ServerProcess) -> None:

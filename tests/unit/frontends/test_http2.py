@@ -17,7 +17,8 @@ from enginehouse.frontends.http2_call import MAX_MESSAGE_BYTES
 from enginehouse.frontends.http2_connection import MAX_UNREAD_ACKS, Http2Connection
 from enginehouse.frontends.http2_frames import FrameType, Http2Code, literal_header
 from enginehouse.frontends.http2_transport import Http2GrpcServer
-from enginehouse.options import ServerOptions
+from enginehouse.frontends.restricted_apis import Api
+from enginehouse.options import CompressionLevel, ServerOptions
 
 Frame = tuple[int, int, int, bytes]
 
@@ -25,9 +26,10 @@ Frame = tuple[int, int, int, bytes]
 class Wire:
     """The client's end of one connection: `send` frames, see what came back."""
 
-    def __init__(self, methods: dict[str, Method]) -> None:
-        server = Http2GrpcServer(methods, ServerOptions())
-        self.connection = Http2Connection(server._calls.open, lambda gone: None, asyncio.get_running_loop())
+    def __init__(self, methods: dict[str, Method], options: ServerOptions | None = None) -> None:
+        server = Http2GrpcServer(methods, options or ServerOptions())
+        loop = asyncio.get_running_loop()
+        self.connection = Http2Connection(server._calls.open, lambda gone: None, loop, server._keep_alive)
         self._out = bytearray()
         self.is_closed = False
         self._decoder = hpack.Decoder()
@@ -213,10 +215,33 @@ async def test_who_breaks_the_protocol_is_told_and_cut_off(frames: bytes, code: 
 async def test_who_asks_on_and_on_without_reading_is_cut_off() -> None:
     wire = Wire({})
     wire.connection.pause_writing()
-    wire.send(h2.frame(FrameType.PING, 0, 0, bytes(8)) * MAX_UNREAD_ACKS)
+    wire.send(h2.settings({}) * MAX_UNREAD_ACKS)
+    assert not wire.is_closed
+    wire.send(h2.settings({}))
+    assert await wire.goaway_code() is Http2Code.ENHANCE_YOUR_CALM
+
+
+@pytest.mark.asyncio
+async def test_who_pings_too_often_is_told_and_cut_off() -> None:
+    wire = Wire(METHODS)
+    for _ in range(3):  # the first is early for nobody, two strikes are let pass
+        wire.send(h2.frame(FrameType.PING, 0, 0, bytes(8)))
     assert not wire.is_closed
     wire.send(h2.frame(FrameType.PING, 0, 0, bytes(8)))
     assert await wire.goaway_code() is Http2Code.ENHANCE_YOUR_CALM
+
+
+@pytest.mark.parametrize(("accepted", "is_packed"), [("identity,gzip", True), ("identity", False)])
+@pytest.mark.asyncio
+async def test_answers_are_compressed_for_who_takes_them_so(accepted: str, is_packed: bool) -> None:
+    methods = {"/infer": Method(Api.INFERENCE, big), "/big": Method(None, big)}
+    wire = Wire(methods, ServerOptions(grpc_infer_response_compression_level=CompressionLevel.HIGH))
+    wire.send(headers("/infer", grpc_accept_encoding=accepted), data(message(b"10000")))
+    body, fields = await wire.answer()
+    assert (fields.get("grpc-encoding") == "gzip", body[0] == 1) == (is_packed, is_packed)
+    assert (gzip.decompress(body[5:]) if is_packed else body[5:]) == bytes(10_000)
+    wire.send(headers("/big", 3, grpc_accept_encoding=accepted), data(message(b"10000"), 3))
+    assert (await wire.answer(3))[0] == message(bytes(10_000))
 
 
 def stream_of(function: Callable[..., Any]) -> dict[str, Method]:
