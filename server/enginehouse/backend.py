@@ -37,6 +37,8 @@ class Placement:
     group: int = 0
     passive: bool = False
     cpu_cores: tuple[int, ...] = ()
+    more_devices: tuple[str, ...] = ()
+    """Further devices that the one instance spans (tensor parallelism)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,14 @@ class MemoryNeeds:
     weights_bytes: int = 0
     workspace_bytes_per_instance: int = 0
     kv_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRoom:
+    """Of one device: what models may use in all, and what of it is left."""
+
+    limit_bytes: int
+    free_bytes: int
 
 
 class Services(Protocol):
@@ -87,6 +97,8 @@ class LoadContext:
     services: Services | None = None
     backend_options: Mapping[str, str] = field(default_factory=dict)
     """From --backend-config=<backend>,key=value and the global ones."""
+    rooms: Mapping[str, DeviceRoom] = field(default_factory=dict)
+    """For `memory_needs`: each device where instances will be."""
 
     @property
     def name(self) -> str:

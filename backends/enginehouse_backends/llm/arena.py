@@ -1,13 +1,15 @@
 """The memory behind the pages: one tensor of equal pages that all LLMs of an engine use.
 
 A model's blocks lie one behind the other inside its pages; a block's place is its offset in PLACE_BYTES.
-On a CPU the tensor is reserved address space that becomes memory page by page, so it can grow with each model.
+On a CPU the tensor is reserved address space that becomes memory page by page, so it can grow with each model. On a
+GPU it is allocated anew when models come or go, and everything in it is computed again.
 """
 
 from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -18,12 +20,17 @@ from enginehouse_backends.llm.runner import IntArray
 
 MIB = 1 << 20
 DEFAULT_PAGE_BYTES = 4 * MIB
+DEVICE_PAGE_BYTES = 32 * MIB
+"""A GPU's models have larger blocks, and more memory."""
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 """Older Pythons don't name it."""
 
 
 class Arena:
     """`memory`: flat uint8 tensor of all pages."""
+
+    keeps_content = True
+    """Whether it grows in place. If not, nothing may use it while `resize` runs."""
 
     def __init__(self, memory: torch.Tensor, page_bytes: int, num_pages: int) -> None:
         assert page_bytes % PLACE_BYTES == 0, "bug: pages must hold whole places"
@@ -55,6 +62,28 @@ class Arena:
         if num_pages > self.num_pages:
             self.memory[self.num_pages * self.page_bytes : num_pages * self.page_bytes].zero_()
             self.num_pages = num_pages
+
+
+class DeviceArena(Arena):
+    """On a GPU. `allocate` gives zeroed memory there, `release` gives what is unused back to the driver."""
+
+    keeps_content = False
+
+    def __init__(
+        self,
+        allocate: Callable[[int], torch.Tensor],
+        release: Callable[[], None],
+        page_bytes: int = DEVICE_PAGE_BYTES,
+    ) -> None:
+        super().__init__(allocate(0), page_bytes, 0)
+        self._allocate, self._release = allocate, release
+
+    def resize(self, num_pages: int) -> None:
+        """Other memory, all zeros. Nobody may hold the old one. Raises ResourceExhausted and is empty then."""
+        self.memory, self.num_pages = self._allocate(0), 0
+        self._release()
+        self.memory = self._allocate(num_pages * self.page_bytes)
+        self.num_pages = num_pages
 
 
 def reserve_host_arena(most_bytes: int, page_bytes: int = DEFAULT_PAGE_BYTES) -> Arena:

@@ -15,6 +15,7 @@ from functools import partial
 
 from enginehouse.backend import (
     Backend,
+    DeviceRoom,
     GenerativeInstance,
     HostKind,
     Instance,
@@ -23,7 +24,7 @@ from enginehouse.backend import (
     Model,
     Placement,
 )
-from enginehouse.config.schema import ModelConfig, ModelInput, ModelOutput
+from enginehouse.config.schema import ModelConfig, ModelInput, ModelInstanceGroup, ModelOutput
 from enginehouse.errors import EnginehouseError, Internal, InvalidArgument, NotFound
 from enginehouse.types import (
     DataType,
@@ -43,9 +44,10 @@ from enginehouse_backends.llm.engine import Engine
 from enginehouse_backends.llm.generation import Generation
 from enginehouse_backends.llm.llm_settings import DEFAULT_GROUP, LlmSettings, read_settings
 from enginehouse_backends.llm.metrics import LlmMetrics
+from enginehouse_backends.llm.planning import CONTEXT_BYTES, LlmPlan, plan_llm
 from enginehouse_backends.llm.preparing import Preparer, PromptLimits
 from enginehouse_backends.llm.runner import Runner
-from enginehouse_backends.llm.runners import LlmPlan, make_arena, make_runner, plan_llm
+from enginehouse_backends.llm.runners import is_gpu, make_arena, make_runner, make_runtime
 from enginehouse_backends.llm.scheduler import Scheduler, SchedulerLimits
 from enginehouse_backends.llm.served_llm import ServedLlm
 from enginehouse_backends.llm.step_building import BlockTable
@@ -88,10 +90,14 @@ class LlmBackend(Backend):
         return config.serving.llm.engine_group or DEFAULT_GROUP
 
     def complete_config(self, context: LoadContext) -> ModelConfig:
-        read_settings(context)
+        settings = read_settings(context)
+        if any(group.kind == ModelInstanceGroup.KIND_MODEL for group in context.config.instance_group):
+            raise InvalidArgument(f"model '{context.name}': an LLM is placed by KIND_CPU or KIND_GPU, not KIND_MODEL")
         config = ModelConfig.FromString(context.config.SerializeToString())
         config.max_batch_size = 0
         config.model_transaction_policy.decoupled = True
+        if settings.tensor_parallel_size > 1:
+            config.serving.llm.tensor_parallel_size = settings.tensor_parallel_size
         if not config.input:
             for name, datatype, dim, optional in _INPUTS:
                 config.input.append(ModelInput(name=name, data_type=datatype.proto, dims=[dim], optional=optional))
@@ -103,8 +109,9 @@ class LlmBackend(Backend):
     def memory_needs(self, context: LoadContext) -> MemoryNeeds:
         settings = read_settings(context)
         checkpoint = Checkpoint(settings.folder)
-        plan = plan_llm(context.name, settings, read_architecture(settings.folder), checkpoint)
-        return MemoryNeeds(weights_bytes=plan.weights_bytes, kv_bytes=plan.kv_bytes)
+        rooms = {device: room for device, room in context.rooms.items() if is_gpu(device)}
+        plan = plan_llm(context.name, settings, read_architecture(settings.folder), checkpoint, rooms)
+        return MemoryNeeds(plan.weights_bytes, plan.workspace_bytes, plan.kv_bytes)
 
     def load(self, context: LoadContext) -> Model:
         return LlmModel(context)
@@ -143,20 +150,18 @@ class LlmInstance(GenerativeInstance):
         placement: Placement,
     ) -> None:
         self._name = context.name
-        checkpoint = Checkpoint(settings.folder)
+        self._group = _GROUPS.enter(f"{settings.engine_group} {placement.device}", placement.device)
         try:
-            plan = plan_llm(context.name, settings, architecture, checkpoint)
-            progress = _Progress(context, checkpoint.num_bytes())
-            self._runner = make_runner(placement.device, architecture, checkpoint, plan, progress.add)
-        finally:
-            checkpoint.close()
+            plan, self._runner = self._load(context, settings, architecture, placement)
+        except BaseException:
+            _GROUPS.leave(self._group)
+            raise
         self._tokenizer = tokenizer
         self._eos = frozenset(_eos_token_ids(architecture, tokenizer))
         chat = None if tokenizer is None else ChatTemplate(tokenizer, settings.tokenizer_folder, settings.chat_template)
         limits = PromptLimits(architecture.vocab_size, plan.max_model_len, self._eos)
         self._preparer = Preparer(context.name, limits, tokenizer, chat)
         self._emit: Callable[[Sequence[TokenEvent]], None] = lambda events: None
-        self._group = _GROUPS.enter(f"{settings.engine_group} {placement.device}", placement.device)
         try:
             # a version that is loaded again joins while its elder still serves
             key = f"{context.name}:{context.version}#{next(_NUMBERS)}"
@@ -164,6 +169,7 @@ class LlmInstance(GenerativeInstance):
             num_pages = -(-plan.kv_bytes // self._group.engine.arena.page_bytes)
             self._group.engine.join(self.llm, num_pages, settings.share_weight)
         except BaseException:
+            self._runner.close()
             _GROUPS.leave(self._group)
             raise
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
@@ -172,9 +178,29 @@ class LlmInstance(GenerativeInstance):
         """Ids that are being tokenized, and whether they are still wanted. Guarded by the lock."""
         logger.info("model '%s' serves contexts of %d tokens", context.name, plan.max_model_len)
 
+    def _load(
+        self, context: LoadContext, settings: LlmSettings, architecture: Architecture, placement: Placement
+    ) -> tuple[LlmPlan, Runner]:
+        runtime = self._group.runtime
+        rooms = None
+        if runtime is not None:
+            free = runtime.free_bytes() + CONTEXT_BYTES  # which the plan counts, and which is there by now
+            rooms = {placement.device: DeviceRoom(free, free)}
+        checkpoint = Checkpoint(settings.folder)
+        try:
+            plan = plan_llm(context.name, settings, architecture, checkpoint, rooms)
+            progress = _Progress(context, checkpoint.num_bytes())
+            return plan, make_runner(runtime, architecture, checkpoint, plan, progress.add)
+        finally:
+            checkpoint.close()
+
     @property
     def engine(self) -> Engine:
         return self._group.engine
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return self._group.runtime is not None
 
     def start(self, emit: Callable[[Sequence[TokenEvent]], None]) -> None:
         self._emit = emit
@@ -262,12 +288,13 @@ def _serve(
         plan.max_num_seqs, max_blocks, arena.page_bytes // PLACE_BYTES, runner.block_bytes // PLACE_BYTES, per_page
     )
     scheduler = Scheduler(key, BlockPool(per_page), space, limits, table.follow)
+    num_blocks, on_gpu = plan.kv_bytes // runner.block_bytes, instance.is_on_gpu
     cache_config = {
         "block_size": str(runner.block_size),
-        "cache_dtype": str(plan.dtype).removeprefix("torch."),
+        "cache_dtype": str(plan.kv_cache_dtype or plan.dtype).removeprefix("torch."),
         "enable_prefix_caching": str(settings.enable_prefix_caching),
-        "num_gpu_blocks": "0",
-        "num_cpu_blocks": str(plan.kv_bytes // runner.block_bytes),
+        "num_gpu_blocks": str(num_blocks if on_gpu else 0),
+        "num_cpu_blocks": str(0 if on_gpu else num_blocks),
     }
     metrics = LlmMetrics(name, plan.max_model_len, cache_config)
     max_waiting = settings.max_waiting or DEFAULT_MAX_WAITING
@@ -277,7 +304,8 @@ def _serve(
 class _Group:
     def __init__(self, key: str, device: str) -> None:
         self.key = key
-        self.engine = Engine(make_arena(device))
+        self.runtime = make_runtime(device)
+        self.engine = Engine(make_arena(self.runtime))
         self.num_members = 0
 
 

@@ -6,12 +6,16 @@ in its stream until somebody waits for an event, so a buffer that is overwritten
 
 from __future__ import annotations
 
+import gc
+import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from enginehouse.errors import ResourceExhausted, Unsupported
 
 Work = Callable[[], None]
 
@@ -53,6 +57,14 @@ class DeviceRuntime(ABC):
         """Host memory [num_bytes] uint8 from which copies to the device don't block."""
 
     @abstractmethod
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """Memory [num_bytes] uint8 of the device, all zeros. Raises ResourceExhausted with the numbers."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Waits until nothing runs, and gives memory that no tensor uses any more back to the device."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Blocks until the whole device is idle. Never in a step."""
 
@@ -92,6 +104,20 @@ class CudaRuntime(DeviceRuntime):
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        try:
+            return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise ResourceExhausted(
+                f"{num_bytes / (1 << 30):.2f} GiB of KV memory are not to be had on {self.device}, "
+                f"{self.free_bytes() / (1 << 30):.2f} GiB are free"
+            ) from error
+
+    def release(self) -> None:
+        self.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
@@ -146,6 +172,14 @@ class SimulatedRuntime(DeviceRuntime):
     def pinned(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        if num_bytes > self._memory_bytes:
+            raise ResourceExhausted(f"a simulated GPU of {self._memory_bytes} bytes was asked for {num_bytes}")
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def release(self) -> None:
+        self.synchronize()
+
     def synchronize(self) -> None:
         self.run_until(self._launched)
 
@@ -180,3 +214,19 @@ class _SimulatedGraph(Graph):
     def replay(self) -> None:
         self._runtime.num_replays += 1
         self._work()
+
+
+def make_cuda_runtime(device: str) -> DeviceRuntime:
+    """Raises Unsupported where torch has no CUDA, or there is no such GPU."""
+    if not torch.cuda.is_available():
+        raise Unsupported(f"'{device}' can't be used: torch {torch.__version__} finds no NVIDIA GPU here")
+    chosen = torch.device(device)
+    if (chosen.index or 0) >= torch.cuda.device_count():
+        raise Unsupported(f"'{device}' can't be used: this process sees {torch.cuda.device_count()} GPUs")
+    return CudaRuntime(torch.device("cuda", chosen.index or 0))
+
+
+def make_simulated_runtime() -> DeviceRuntime:
+    """Of the size that the server gave the device (--simulated-device)."""
+    given = os.environ.get("ENGINEHOUSE_SIMULATED_BYTES", "").split(",")[0]
+    return SimulatedRuntime(memory_bytes=int(given or 1 << 30))

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from enginehouse.errors import Internal, Unavailable
+from enginehouse.errors import Internal, ResourceExhausted, Unavailable
 from enginehouse_backends.llm.answering import Answer
-from enginehouse_backends.llm.arena import Arena
+from enginehouse_backends.llm.arena import Arena, DeviceArena
 from enginehouse_backends.llm.kv_space import KvSpace
 from enginehouse_backends.llm.page_ledger import PageLedger
 from enginehouse_backends.llm.scheduler import StepPlan
@@ -36,6 +36,8 @@ class Engine:
         self.arena = arena
         self.space = KvSpace(PageLedger(arena.num_pages))
         self._llms: dict[str, ServedLlm] = {}
+        self._pages_by_llm: dict[str, int] = {}
+        """What the arena grew by for each."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopped = False
         self._broken = ""
@@ -65,11 +67,14 @@ class Engine:
         return future.result()
 
     def join(self, llm: ServedLlm, num_pages: int, weight: float) -> None:
-        """The LLM takes part from now on; the arena grows by so many pages for it."""
+        """The LLM takes part from now on; the arena grows by so many pages for it.
+
+        Raises ResourceExhausted if the device lacks the memory; nothing has changed then.
+        """
 
         def act() -> None:
-            self.arena.grow(self.arena.num_pages + num_pages)
-            self.space.ledger.grow(self.arena.num_pages)
+            self._resize(self.arena.num_pages + num_pages)
+            self._pages_by_llm[llm.name] = num_pages
             self.space.join(llm.name, llm.scheduler.pool, weight)
             llm.runner.attach_arena(self.arena)
             self._llms[llm.name] = llm
@@ -85,9 +90,34 @@ class Engine:
             llm.settle()
             if self._llms.pop(llm.name, None) is not None:
                 self.space.leave(llm.name)
+                llm.runner.detach_arena()
+                num_pages = self._pages_by_llm.pop(llm.name)
+                if not self.arena.keeps_content:  # what the ledger has back the device shall have back
+                    self._resize(self.arena.num_pages - num_pages)
             self._tell_shares()
 
         self.call(act)
+
+    def _resize(self, num_pages: int) -> None:
+        arena = self.arena
+        if not isinstance(arena, DeviceArena):
+            arena.grow(num_pages)
+            self.space.ledger.grow(num_pages)
+            return
+        before, llms = arena.num_pages, list(self._llms.values())
+        for llm in llms:
+            llm.vacate()
+            self.space.vacate(llm.name)
+            llm.runner.detach_arena()
+        try:
+            arena.resize(num_pages)
+        except ResourceExhausted:
+            arena.resize(before)
+            raise
+        finally:
+            self.space.ledger.resize(arena.num_pages)
+            for llm in llms:
+                llm.runner.attach_arena(arena)
 
     def stop(self) -> None:
         self._inbox.put(self._stop)

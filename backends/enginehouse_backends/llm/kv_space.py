@@ -24,10 +24,16 @@ class KvSpace:
 
     def leave(self, name: str) -> None:
         """Its generations must be gone."""
-        pool = self._pools.pop(name)
+        self.vacate(name)
+        del self._pools[name]
+        self.ledger.leave(name)
+
+    def vacate(self, name: str) -> None:
+        """The model holds no page any more, and no prefix. None of its generations may hold a block."""
+        pool = self._pools[name]
         for page in list(pool.pages):
             pool.remove_page(page)
-        self.ledger.leave(name)
+            self.ledger.give_back(page)
 
     def num_available(self, name: str) -> int:
         """Blocks that the model can get without anyone's work being undone."""

@@ -20,9 +20,11 @@ _FROM_MODEL_JSON: Mapping[str, str] = {
     "quantization": "quantization", "kv_cache_dtype": "kv_cache_dtype", "max_model_len": "max_model_len",
     "max_num_seqs": "max_num_seqs", "max_num_batched_tokens": "max_num_batched_tokens", "block_size": "block_size",
     "enable_prefix_caching": "enable_prefix_caching", "tensor_parallel_size": "tensor_parallel_size",
-    "chat_template": "chat_template", "served_model_name": "served_model_name",
+    "gpu_memory_utilization": "gpu_memory_utilization", "chat_template": "chat_template",
+    "served_model_name": "served_model_name",
 }  # fmt: skip
 """vLLM's engine arguments, as Triton's vLLM backend keeps them, by our name."""
+ATTENTIONS = ("triton", "flashinfer", "fa3")
 _DTYPES = {"half": "float16", "float": "float32"}
 
 
@@ -48,6 +50,9 @@ class LlmSettings:
     kv_bytes: int = 0
     num_threads: int = 0
     max_waiting: int = 0
+    gpu_memory_utilization: float = 0.0
+    attention: str = ""
+    """Of a GPU: triton, flashinfer or fa3; "" measures."""
     share_weight: float = 1.0
     """Of the arena's pages, against the other LLMs of the engine."""
 
@@ -78,6 +83,8 @@ def read_settings(context: LoadContext) -> LlmSettings:
         kv_bytes=int(context.config.serving.memory.kv_bytes),
         num_threads=_count_parameter(context, "num_threads"),
         max_waiting=_count_parameter(context, "max_waiting"),
+        gpu_memory_utilization=_fraction(context, given, "gpu_memory_utilization"),
+        attention=_attention(context),
         share_weight=float(context.parameter("share_weight", "1") or 1),
     )
 
@@ -144,3 +151,21 @@ def _count_parameter(context: LoadContext, key: str) -> int:
     if text and not text.isdigit():
         raise InvalidArgument(f"parameter '{key}' must be a whole number, found '{text}'")
     return int(text or 0)
+
+
+def _fraction(context: LoadContext, given: Mapping[str, Any], key: str) -> float:
+    text = context.parameter(key) or context.backend_options.get(key, "") or given.get(key) or 0.0
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise InvalidArgument(f"'{key}' must be between 0 and 1, found {text!r}")
+    return value
+
+
+def _attention(context: LoadContext) -> str:
+    name = context.parameter("attention") or context.backend_options.get("attention", "")
+    if name not in ("", "auto", *ATTENTIONS):
+        raise InvalidArgument(f"parameter 'attention' is none of {', '.join(ATTENTIONS)}, auto: '{name}'")
+    return "" if name == "auto" else name

@@ -63,6 +63,11 @@ class PageLedger:
             heapq.heappush(self._free, page)
         self.num_pages = max(self.num_pages, num_pages)
 
+    def resize(self, num_pages: int) -> None:
+        """Any number, while nobody owns a page."""
+        assert not self._owner_by_page, "bug: pages are counted anew while some are owned"
+        self.num_pages, self._free = num_pages, list(range(num_pages))
+
     def share(self, owner: str) -> int:
         """Pages that the owner can always get back."""
         return int(self.num_pages * self.weights[owner] / sum(self.weights.values()))

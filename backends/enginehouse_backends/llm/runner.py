@@ -129,6 +129,10 @@ class Runner(ABC):
     def attach_arena(self, arena: Arena) -> None:
         """The memory that the block places of all steps point into."""
 
+    def detach_arena(self) -> None:
+        """Lets go of that memory: no step follows until another arena is attached."""
+        return
+
     @abstractmethod
     def run(self, step: StepInput) -> StepOutput:
         """Computes and samples. Blocks until the tokens are known."""

@@ -192,11 +192,15 @@ class CudaRunner(Runner):
         self._runtime.synchronize()  # weights and buffers were filled on another stream
         before = self._runtime.free_bytes()
         self._buckets = {}
-        if self._settings.use_graphs:
+        if self._settings.use_graphs and self._model.is_capturable:
             # the largest first: the smaller ones reuse its memory
             for size in reversed(self._batch_sizes):
                 self._buckets[size] = self._capture(size)
         self.workspace_bytes = max(before - self._runtime.free_bytes(), 0) + self._words.nbytes + self._table.nbytes
+
+    def detach_arena(self) -> None:
+        self._runtime.synchronize()
+        self._buckets, self._caches, self._arena = {}, [], None
 
     def _capture(self, batch_size: int) -> _Bucket:
         layout = StepLayout.of(StepSizes.of_decoding(batch_size))

@@ -1,117 +1,63 @@
-"""Makes the runner of a device: which numbers it gets, and whether weights and KV memory fit.
-
-Every refusal tells the numbers.
-"""
+"""Makes what a device needs to run LLMs: the runner with its weights, the arena, the device's runtime."""
 
 from __future__ import annotations
 
-import logging
+import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
-import torch
 
-from enginehouse.errors import InvalidArgument, ResourceExhausted, Unsupported
+from enginehouse.errors import ResourceExhausted, Unsupported
 from enginehouse_backends.llm.architecture import Architecture
-from enginehouse_backends.llm.arena import Arena, reserve_host_arena
-from enginehouse_backends.llm.attention import KvShape
+from enginehouse_backends.llm.arena import Arena, DeviceArena, reserve_host_arena
 from enginehouse_backends.llm.checkpoint import Checkpoint
-from enginehouse_backends.llm.llm_settings import LlmSettings
+from enginehouse_backends.llm.device_runtime import DeviceRuntime, make_cuda_runtime, make_simulated_runtime
+from enginehouse_backends.llm.parallel_group import ParallelGroup
+from enginehouse_backends.llm.planning import LlmPlan
 from enginehouse_backends.llm.runner import Runner
 from enginehouse_backends.llm.runner_cpu import CpuRunner, CpuRunnerSettings
 
-logger = logging.getLogger(__name__)
-
-DEFAULT_MAX_NUM_SEQS = 64
-DEFAULT_MAX_BATCHED_TOKENS = 512
-MAX_FOLLOWED_TOKENS = 64
-_TYPICAL_TOKENS = 512
-"""KV memory that is set aside by default for each sequence that may run."""
-_SHARE_OF_MEMORY = 0.25
-"""Of what is free, for KV memory by default."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SIMULATED = "simulated"
 
 
-@dataclass(frozen=True, slots=True)
-class LlmPlan:
-    """What an LLM will use. Decided before anything is loaded."""
-
-    dtype: torch.dtype
-    max_model_len: int
-    max_num_seqs: int
-    max_batched_tokens: int
-    kv_bytes: int
-    weights_bytes: int
-    num_threads: int
-    block_size: int = 32
-    quantization: str = ""
-    """How to round dense weights; "" serves them, or a quantized checkpoint, as they are."""
-
-    @property
-    def max_wanted(self) -> int:
-        return self.max_num_seqs + MAX_FOLLOWED_TOKENS
+def is_gpu(device: str) -> bool:
+    return device.startswith(("cuda", SIMULATED))
 
 
-def plan_llm(name: str, settings: LlmSettings, architecture: Architecture, checkpoint: Checkpoint) -> LlmPlan:
-    """On a CPU. Raises InvalidArgument for settings that can't be, ResourceExhausted for what can't fit."""
-    dtype = _choose_dtype(settings, architecture)
-    shape = KvShape(architecture.num_layers, architecture.num_kv_heads, architecture.head_dim, 1, dtype)
-    max_num_seqs = settings.max_num_seqs or DEFAULT_MAX_NUM_SEQS
-    if settings.max_model_len > architecture.max_positions:
-        raise InvalidArgument(
-            f"model '{name}': max_model_len {settings.max_model_len} is more than the {architecture.max_positions} "
-            f"positions that config.json gives the model"
-        )
-    context = settings.max_model_len or architecture.max_positions
-    weights_bytes = _weights_bytes(checkpoint, dtype)
-    free = psutil.virtual_memory().available
-    if weights_bytes > free:
-        raise ResourceExhausted(
-            f"model '{name}' has {_gib(weights_bytes)} of weights as {dtype}, and {_gib(free)} of memory are free"
-        )
-    token_bytes = shape.dense_block_bytes
-    kv_bytes = settings.kv_bytes or min(
-        max(max_num_seqs * _TYPICAL_TOKENS, context) * token_bytes, int((free - weights_bytes) * _SHARE_OF_MEMORY)
-    )
-    if kv_bytes + weights_bytes > free:
-        raise ResourceExhausted(
-            f"model '{name}' needs {_gib(weights_bytes)} for weights and {_gib(kv_bytes)} for KV, and {_gib(free)} of "
-            f"memory are free"
-        )
-    held = kv_bytes // token_bytes
-    if held < context:
-        if settings.max_model_len:
-            raise ResourceExhausted(
-                f"model '{name}': a context of {context} tokens needs {_gib(context * token_bytes)} of KV memory, and "
-                f"{_gib(kv_bytes)} are set aside ({held} tokens). Raise serving.memory.kv_bytes or lower max_model_len"
-            )
-        logger.warning("model '%s': the context is cut from %d to %d tokens of KV memory", name, context, held)
-        context = held
-    return LlmPlan(
-        dtype,
-        context,
-        max_num_seqs,
-        max(settings.max_num_batched_tokens or DEFAULT_MAX_BATCHED_TOKENS, max_num_seqs),
-        kv_bytes,
-        weights_bytes,
-        settings.num_threads or default_num_threads(),
-        quantization=settings.quantization,
-    )
+def make_runtime(device: str) -> DeviceRuntime | None:
+    """One for all LLMs of a device in this process: they share its stream. None for a CPU.
+
+    Raises Unsupported where the device, or what its kernels need, isn't there.
+    """
+    if device == "cpu":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        raise Unsupported(f"LLMs on '{device}' need Triton's language: `pip install triton`")
+    if device.startswith(SIMULATED):
+        if importlib.util.find_spec("ml_dtypes") is None:
+            raise Unsupported("a simulated GPU runs kernels through Triton's interpreter: `pip install ml_dtypes`")
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels' modules are imported
+        from enginehouse_backends.llm.kernels.interpreting import install
+
+        install()
+        return make_simulated_runtime()
+    if device.startswith("cuda"):
+        return make_cuda_runtime(device)
+    raise Unsupported(f"LLMs run on CPUs and on NVIDIA GPUs; there is no runner for '{device}'")
 
 
 def make_runner(
-    device: str,
+    runtime: DeviceRuntime | None,
     architecture: Architecture,
     checkpoint: Checkpoint,
     plan: LlmPlan,
     on_loaded: Callable[[int], None],
+    group: ParallelGroup | None = None,
 ) -> Runner:
-    """Loads the weights. Raises Unsupported for a device that there is no runner for."""
-    if device != "cpu":
-        raise Unsupported(f"LLMs run on the CPU; there is no runner for '{device}'")
+    """Loads the weights."""
+    if runtime is not None:
+        return _make_cuda_runner(runtime, architecture, checkpoint, plan, on_loaded, group)
     settings = CpuRunnerSettings(
         plan.dtype,
         max_tokens=plan.max_batched_tokens + plan.max_num_seqs,
@@ -124,42 +70,38 @@ def make_runner(
     return CpuRunner(architecture, checkpoint, settings, on_loaded)
 
 
-def make_arena(device: str) -> Arena:
-    """Empty; it grows with each LLM. On a CPU it may grow to all of the memory."""
-    assert device == "cpu", "bug: only CPUs have runners"
-    return reserve_host_arena(psutil.virtual_memory().total)
+def _make_cuda_runner(
+    runtime: DeviceRuntime,
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    plan: LlmPlan,
+    on_loaded: Callable[[int], None],
+    group: ParallelGroup | None,
+) -> Runner:
+    from enginehouse_backends.llm.runner_cuda import CudaRunner, CudaRunnerSettings
 
-
-def default_num_threads() -> int:
-    """As many as this process may use, by affinity and by its control group."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            allowed = min(allowed, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass  # no control groups here
-    return allowed
-
-
-def _choose_dtype(settings: LlmSettings, architecture: Architecture) -> torch.dtype:
-    name = settings.dtype or architecture.dtype
-    if name not in _DTYPES:
-        raise InvalidArgument(f"dtype '{name}' is none of {', '.join(sorted(_DTYPES))}, auto")
-    if name == "float16":
-        logger.info("float16 is computed as bfloat16 on CPUs")
-        return torch.bfloat16
-    return _DTYPES[name]
-
-
-def _weights_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """As they will lie in memory."""
-    elements = sum(
-        (checkpoint.stored(name).stop - checkpoint.stored(name).start) // checkpoint.stored(name).dtype.itemsize
-        for name in checkpoint.names
+    free = runtime.free_bytes()
+    needed = plan.weights_bytes + plan.kv_bytes
+    if needed > free:
+        raise ResourceExhausted(
+            f"{plan.weights_bytes / (1 << 30):.2f} GiB of weights and {plan.kv_bytes / (1 << 30):.2f} GiB of KV don't "
+            f"fit on {runtime.device}: its driver says that {free / (1 << 30):.2f} GiB are free"
+        )
+    settings = CudaRunnerSettings(
+        plan.dtype,
+        max_tokens=plan.max_batched_tokens + plan.max_num_seqs,
+        max_sequences=plan.max_num_seqs,
+        max_wanted=plan.max_wanted,
+        max_positions=plan.max_model_len,
+        block_size=plan.block_size,
+        quantization=plan.quantization,
+        kv_cache_dtype=plan.kv_cache_dtype,
     )
-    return elements * dtype.itemsize
+    return CudaRunner(architecture, checkpoint, settings, runtime, group, on_loaded)
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 30):.2f} GiB"
+def make_arena(runtime: DeviceRuntime | None) -> Arena:
+    """Empty; it grows with each LLM. On a CPU it may grow to all of the memory."""
+    if runtime is None:
+        return reserve_host_arena(psutil.virtual_memory().total)
+    return DeviceArena(runtime.allocate, runtime.release)

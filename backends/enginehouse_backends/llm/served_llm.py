@@ -133,6 +133,13 @@ class ServedLlm:
         if started is not None:
             self._finish_step(started)
 
+    def vacate(self) -> None:
+        """Nobody holds a block any more; who ran waits, to be computed again."""
+        self.settle()
+        for generation in list(reversed(self.scheduler.running)):
+            self.scheduler.preempt(generation)
+        self.flush()
+
     def flush(self) -> None:
         if self._events:
             events, self._events = self._events, []

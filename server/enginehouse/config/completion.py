@@ -172,4 +172,6 @@ def merge_found(config: ModelConfig, found: ModelConfig) -> ModelConfig:
         raise Internal(f"Cannot update scheduling choice from {was} to {was} when auto-completing.")
     if found.HasField("model_transaction_policy"):
         config.model_transaction_policy.decoupled = found.model_transaction_policy.decoupled
+    if found.serving.llm.tensor_parallel_size:  # a model.json may say it
+        config.serving.llm.tensor_parallel_size = found.serving.llm.tensor_parallel_size
     return normalise(config)

@@ -122,7 +122,7 @@ class SimulatedRuntime:
         return {}
 
     def child_environment(self, device: str) -> Mapping[str, str]:
-        return {"ENGINEHOUSE_SIMULATED_DEVICE": device}
+        return {"ENGINEHOUSE_SIMULATED_DEVICE": device, "ENGINEHOUSE_SIMULATED_BYTES": str(self.totals[device])}
 
 
 def _text(value: str | bytes) -> str:

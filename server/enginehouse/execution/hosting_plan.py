@@ -12,6 +12,7 @@ from enginehouse.backend import Backend, HostKind, MemoryNeeds, Placement
 from enginehouse.config.schema import ModelConfig, ModelInstanceGroup, ModelServing
 from enginehouse.errors import InvalidArgument
 from enginehouse.execution.contract import MemoryEntry
+from enginehouse.execution.placement import MODEL_CHOSEN_DEVICE
 
 _CHOSEN = {
     ModelServing.HOST_THREAD: HostKind.THREAD,
@@ -23,7 +24,8 @@ _CHOSEN = {
 @dataclass(frozen=True, slots=True)
 class ProcessKey:
     """Which process an instance goes into: placements with equal keys share it. With `shared` other models
-    whose keys are equal live there, too; `device` is what the process alone sees, "" for everything."""
+    whose keys are equal live there, too; `device` is what the process alone sees (several with commas), "" for
+    everything."""
 
     name: str
     shared: bool = False
@@ -64,10 +66,16 @@ def plan_hosting(config: ModelConfig, backend: Backend, defaults: Mapping[str, H
         return HostingPlan(kind, lambda placement: ProcessKey(host_name, True, placement.device))
     group = backend.host_group(config)
     if group:
-        return HostingPlan(HostKind.PROCESS, lambda _: ProcessKey(group, True))
+        return HostingPlan(HostKind.PROCESS, lambda placement: ProcessKey(group, True, _gpus_of(placement)))
     if backend.process_per_instance:
         return HostingPlan(HostKind.PROCESS, lambda placement: ProcessKey(placement.name))
     return HostingPlan(HostKind.PROCESS, lambda _: ProcessKey(""))
+
+
+def _gpus_of(placement: Placement) -> str:
+    if placement.device in ("cpu", MODEL_CHOSEN_DEVICE):
+        return ""
+    return ",".join((placement.device, *placement.more_devices))
 
 
 def memory_entries(
@@ -76,7 +84,8 @@ def memory_entries(
     """What to book: weights and KV once a device, workspace for each instance there."""
     num_by_device: dict[str, int] = {}
     for placement in placements:
-        num_by_device[placement.device] = num_by_device.get(placement.device, 0) + 1
+        for device in (placement.device, *placement.more_devices):
+            num_by_device[device] = num_by_device.get(device, 0) + 1
     return [
         MemoryEntry(context_name, version, device, kind, num_bytes)
         for device, count in num_by_device.items()
@@ -90,9 +99,12 @@ def memory_entries(
 
 
 def declared_memory(config: ModelConfig) -> MemoryNeeds | None:
-    """What the config's `serving.memory` claims; None where it claims nothing."""
+    """What the config's `serving.memory` claims; None where it claims nothing.
+
+    kv_bytes alone is no claim but a wish: the backend, which grants it, knows what comes on top.
+    """
     memory = config.serving.memory
-    if not (memory.weights_bytes or memory.workspace_bytes_per_instance or memory.kv_bytes):
+    if not (memory.weights_bytes or memory.workspace_bytes_per_instance):
         return None
     return MemoryNeeds(memory.weights_bytes, memory.workspace_bytes_per_instance, memory.kv_bytes)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from enginehouse.backend import Backend, LoadContext, Placement
+from enginehouse.backend import Backend, DeviceRoom, LoadContext, Placement
 from enginehouse.config.backends import implementation_of
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import InvalidArgument, ResourceExhausted
@@ -90,11 +90,17 @@ class ModelHosts:
     async def load(self, context: LoadContext, on_health: Callable[[HostHealth], None]) -> HostedModel:
         source = self._find(context)
         backend = self._backend(source)
-        config = with_explicit_groups(context.config, self.machine)
+        config = with_explicit_groups(context.config, replace(self.machine, free_by_gpu=self._free_by_gpu()))
         context = self._with_backend_options(replace(context, config=config), source)
         wanted = placements(config, self.machine)
-        self._check_load_limits(context.name, {placement.device for placement in wanted})
-        needs = declared_memory(config) or backend.memory_needs(context)
+        devices = {device for placement in wanted for device in (placement.device, *placement.more_devices)}
+        self._check_load_limits(context.name, devices)
+        needs = declared_memory(config) or backend.memory_needs(
+            replace(context, rooms={device: self._room(device) for device in devices})
+        )
+        # what the backend has chosen is what its instances shall take, also after a restart
+        if needs.kv_bytes:
+            config.serving.memory.kv_bytes = needs.kv_bytes
         self.ledger.book(memory_entries(context.name, context.version, needs, wanted))
         try:
             hosted = await self._load_into_host(source, backend, context, wanted, on_health)
@@ -119,6 +125,18 @@ class ModelHosts:
                     f"model '{model}' can't be loaded onto {device}: {used:.0%} of its memory are used, "
                     f"--model-load-gpu-limit allows {limit:.0%}"
                 )
+
+    def _free_by_gpu(self) -> dict[str, int]:
+        return {gpu: self._room(gpu).free_bytes for gpu in self.machine.gpus}
+
+    def _room(self, device: str) -> DeviceRoom:
+        """By the ledger, or by what the device itself says is used, whichever leaves less."""
+        limit, free = self.ledger.limit_bytes(device), self.ledger.free_bytes(device)
+        for runtime in self.runtimes:
+            for known in runtime.devices():
+                if known.name == device:
+                    free = min(free, known.total_bytes - runtime.used_bytes(device))
+        return DeviceRoom(limit, max(free, 0))
 
     async def close(self) -> None:
         for hosted in list(self._loaded):

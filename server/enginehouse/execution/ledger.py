@@ -29,6 +29,9 @@ class Ledger:
     def booked_bytes(self, device: str) -> int:
         return sum(entry.num_bytes for entry in self._entries if entry.device == device)
 
+    def limit_bytes(self, device: str) -> int:
+        return self._limits.get(device, 0)
+
     def free_bytes(self, device: str) -> int:
         return self._limits.get(device, 0) - self.booked_bytes(device)
 

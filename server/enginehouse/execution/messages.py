@@ -125,6 +125,7 @@ class Create(msgspec.Struct, array_like=True, tag=5):
     device: str
     group: int
     cpu_cores: tuple[int, ...] = ()
+    more_devices: tuple[str, ...] = ()
 
 
 class Close(msgspec.Struct, array_like=True, tag=6):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from enginehouse.backend import Placement
+from enginehouse.config.backends import implementation_of
 from enginehouse.config.schema import ModelConfig, ModelInstanceGroup
 from enginehouse.errors import InvalidArgument
 
@@ -18,6 +19,7 @@ KIND_GPU = ModelInstanceGroup.KIND_GPU
 KIND_CPU = ModelInstanceGroup.KIND_CPU
 KIND_MODEL = ModelInstanceGroup.KIND_MODEL
 
+LLM_BACKEND = "llm"
 MODEL_CHOSEN_DEVICE = "model"
 """Placement.device for KIND_MODEL: the backend picks."""
 
@@ -30,6 +32,8 @@ class Machine:
     cpu_for_missing_gpu: bool = False
     cores_by_policy: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """CPU cores by host policy; groups that name none have the policies "cpu", "gpu_<id>" and "model"."""
+    free_by_gpu: Mapping[str, int] = field(default_factory=dict)
+    """Bytes; where they are known, an instance that spans GPUs and names none gets the emptiest."""
 
 
 def with_explicit_groups(config: ModelConfig, machine: Machine, gpu_capable: bool = True) -> ModelConfig:
@@ -44,12 +48,18 @@ def with_explicit_groups(config: ModelConfig, machine: Machine, gpu_capable: boo
     for index, group in enumerate(explicit.instance_group):
         group.name = group.name or f"{config.name}_{index}"
         group.count = max(group.count, 1)
-        _fix_kind(group, config.name, machine, gpu_capable)
+        _fix_kind(group, config, machine, gpu_capable)
     return explicit
 
 
-def _fix_kind(group: ModelInstanceGroup, model: str, machine: Machine, gpu_capable: bool) -> None:
-    what = f"instance group {group.name} of model {model}"
+def num_spanned(config: ModelConfig) -> int:
+    """GPUs that one instance of an LLM spans; 0 for models that get an instance on each GPU of their group."""
+    spanned = int(config.serving.llm.tensor_parallel_size)
+    return max(spanned, 1) if implementation_of(config.backend) == LLM_BACKEND else spanned
+
+
+def _fix_kind(group: ModelInstanceGroup, config: ModelConfig, machine: Machine, gpu_capable: bool) -> None:
+    what = f"instance group {group.name} of model {config.name}"
     if group.kind == KIND_AUTO:
         group.kind = KIND_GPU if group.gpus or (machine.gpus and gpu_capable) else KIND_CPU
     if group.kind in (KIND_CPU, KIND_MODEL) and group.gpus and group.kind == KIND_CPU:
@@ -62,7 +72,9 @@ def _fix_kind(group: ModelInstanceGroup, model: str, machine: Machine, gpu_capab
             del group.gpus[:]
             return
         raise InvalidArgument(f"{what} has kind KIND_GPU but no GPUs are available")
-    if not group.gpus:
+    if num_spanned(config):
+        _choose_spanned(group, what, num_spanned(config), machine)
+    elif not group.gpus:
         group.gpus.extend(range(len(machine.gpus)))
     for gpu in group.gpus:
         if not 0 <= gpu < len(machine.gpus):
@@ -72,15 +84,31 @@ def _fix_kind(group: ModelInstanceGroup, model: str, machine: Machine, gpu_capab
             )
 
 
+def _choose_spanned(group: ModelInstanceGroup, what: str, count: int, machine: Machine) -> None:
+    """Leaves the choice open where nobody knows how full the GPUs are."""
+    if count > len(machine.gpus) or (group.gpus and len(group.gpus) != count):
+        have = f"lists {len(group.gpus)}" if group.gpus else f"can have {len(machine.gpus)}"
+        raise InvalidArgument(f"{what} {have} GPUs, and tensor_parallel_size asks for {count}")
+    if not group.gpus and machine.free_by_gpu:
+        free = [machine.free_by_gpu.get(name, 0) for name in machine.gpus]
+        emptiest = sorted(range(len(free)), key=lambda gpu: -free[gpu])
+        group.gpus.extend(sorted(emptiest[:count]))
+
+
 def placements(config: ModelConfig, machine: Machine) -> list[Placement]:
-    """The instances of a config with explicit groups, in its order; GPU groups count for each GPU."""
+    """The instances of a config with explicit groups, in its order; GPU groups count for each GPU, unless each
+    instance spans them."""
     placed: list[Placement] = []
     for number, group in enumerate(config.instance_group):
         devices = _devices(group, machine)
+        others: tuple[str, ...] = ()
+        if group.kind == KIND_GPU and num_spanned(config):
+            spanned = devices or machine.gpus[: num_spanned(config)]
+            devices, others = spanned[:1], tuple(spanned[1:])
         for index in range(group.count * len(devices)):
             device = devices[index // group.count]
             cores = machine.cores_by_policy.get(group.host_policy or _default_policy(device, machine), ())
-            placed.append(Placement(f"{group.name}_{index}", device, number, group.passive, cores))
+            placed.append(Placement(f"{group.name}_{index}", device, number, group.passive, cores, others))
     return placed
 
 

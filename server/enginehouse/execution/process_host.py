@@ -158,6 +158,12 @@ class HostProcess:
         for instance in tenant.instances:
             await self._create(worker, tenant, instance)
 
+    def _local_names(self, more_devices: tuple[str, ...]) -> tuple[str, ...]:
+        """In a process that sees its own GPUs alone they are numbered anew."""
+        if not self.local_device:
+            return more_devices
+        return tuple(f"cuda:{number}" for number in range(1, len(more_devices) + 1))
+
     async def _create(self, worker: WorkerProcess, tenant: Tenant, instance: ProcessInstance) -> None:
         instance.instance_id = worker.new_id()
         generative = tenant.model.generative_of(instance)
@@ -174,6 +180,7 @@ class HostProcess:
                 self.local_device or placement.device,
                 placement.group,
                 placement.cpu_cores,
+                self._local_names(placement.more_devices),
             ),
             tenant.model.policy.start_timeout_s,
         )

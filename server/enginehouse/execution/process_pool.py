@@ -69,7 +69,8 @@ class ProcessPool:
     def _shared_process(self, key: ProcessKey, launch: Launch) -> HostProcess:
         place = (key, launch.interpreter)
         if place not in self._shared:
-            what = f"device {key.device}" if key.device else f"group '{key.name}'"
+            what = f"group '{key.name}'" if key.name else f"device {key.device}"
+            what += f" on {key.device}" if key.name and key.device else ""
             process = self._new(f"the process of {what}", launch, False, 0)
             process.local_device = "cuda:0" if "CUDA_VISIBLE_DEVICES" in launch.variables else ""
             process.when_closing(lambda _: self._forget(place))
@@ -85,8 +86,11 @@ class ProcessPool:
         return process
 
     def _for_device(self, launch: Launch, device: str) -> Launch:
-        runtime = self._runtime_by_device.get(device)
-        variables = runtime.child_environment(device) if runtime is not None else {}
+        variables: dict[str, str] = {}
+        for name in device.split(","):
+            runtime = self._runtime_by_device.get(name)
+            for key, value in (runtime.child_environment(name) if runtime is not None else {}).items():
+                variables[key] = f"{variables[key]},{value}" if key in variables else value
         return replace(launch, variables={**launch.variables, **variables}) if variables else launch
 
     async def close(self) -> None:

@@ -121,7 +121,13 @@ class WorkerInstance:
         self.loaded = loaded
         self._slot = message.slot
         run_on(message.cpu_cores)
-        placement = Placement(message.name, message.device, message.group, cpu_cores=message.cpu_cores)
+        placement = Placement(
+            message.name,
+            message.device,
+            message.group,
+            cpu_cores=message.cpu_cores,
+            more_devices=message.more_devices,
+        )
         self.instance: Instance = loaded.model.create_instance(placement)
         self.jobs: SimpleQueue[Callable[[], None] | None] | None = None
 

@@ -54,6 +54,7 @@ class Serving:
         name: str = "m",
         kv_bytes: int = 8 << 20,
         parameters: dict[str, str] | None = None,
+        device: str = "cpu",
         **settings: Any,
     ) -> None:
         config = ModelConfig(name=name, backend="llm")
@@ -66,7 +67,7 @@ class Serving:
         backend = LlmBackend()
         self.config = backend.complete_config(context)
         self.model = backend.load(LoadContext(self.config, 1, folder))
-        instance = self.model.create_instance(Placement("m_0_cpu"))
+        instance = self.model.create_instance(Placement("m_0_0", device))
         assert isinstance(instance, LlmInstance)
         self.instance = instance
         self._queues: dict[str, queue.SimpleQueue[TokenEvent]] = defaultdict(queue.SimpleQueue)

@@ -20,12 +20,12 @@ from enginehouse_backends.llm.arena import Arena
 from enginehouse_backends.llm.checkpoint import Checkpoint
 from enginehouse_backends.llm.device_runtime import SimulatedRuntime
 from enginehouse_backends.llm.generation import Generation
+from enginehouse_backends.llm.kernels import interpreting
 from enginehouse_backends.llm.runner import RunningStep, StepInput
 from enginehouse_backends.llm.runner_cuda import CudaRunner, CudaRunnerSettings
 from tests.acceptance.llm.small_models import MAX_POSITIONS, VOCAB, save_reference
-from tests.properties.llm_kernels import interpreter
 
-interpreter.install()
+interpreting.install()
 
 NUM_SLOTS = 4
 PAGE_BYTES = 1 << 20

@@ -11,9 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest.importorskip("triton", reason="the kernels' language; in the `test` extra")
 torch = pytest.importorskip("torch")
 
-from . import interpreter  # noqa: E402
+from enginehouse_backends.llm.kernels import interpreting  # noqa: E402
 
-interpreter.install()
+interpreting.install()
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from enginehouse.errors import InvalidArgument
 from enginehouse.execution.hosting_plan import (
     MAX_FIRST_SEGMENT_BYTES,
     HostingPlan,
+    ProcessKey,
     declared_memory,
     first_segment_bytes,
     memory_entries,
@@ -85,6 +86,16 @@ def test_models_of_a_group_share_a_process() -> None:
     made = plan(CPU, Engine())
     assert made.key_of is not None
     assert (made.key_of(Placement("x")).name, made.key_of(Placement("x")).shared) == ("engines", True)
+
+
+def test_models_of_a_group_share_a_process_for_each_gpu_that_sees_it_alone() -> None:
+    made = plan("instance_group { kind: KIND_GPU }", Engine())
+    assert made.key_of is not None
+    assert made.key_of(Placement("x", "cuda:1")) == ProcessKey("engines", True, "cuda:1")
+    both = Placement("x", "cuda:0", more_devices=("cuda:1",))
+    assert made.key_of(both).device == "cuda:0,cuda:1"
+    weights = memory_entries("m", 1, MemoryNeeds(weights_bytes=5), [both])
+    assert {(entry.device, entry.num_bytes) for entry in weights} == {("cuda:0", 5), ("cuda:1", 5)}
 
 
 def test_an_instance_each_where_the_backend_wants_it_and_one_for_all_elsewhere() -> None:

@@ -77,6 +77,42 @@ def test_explicit_groups_stay_as_they_are() -> None:
     assert with_explicit_groups(once, TWO_GPUS) == once
 
 
+LLM = 'backend: "llm" '
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [
+        ("", [("cuda:1",)]),
+        ("serving { llm { tensor_parallel_size: 2 } }", [("cuda:1", "cuda:2")]),
+        ("instance_group [{ kind: KIND_GPU gpus: [0] }]", [("cuda:0",)]),
+        ("instance_group [{ kind: KIND_CPU }] serving { llm { tensor_parallel_size: 2 } }", [("cpu",)]),
+    ],
+)
+def test_an_llm_has_one_instance_on_the_emptiest_gpus(text: str, devices: list[tuple[str, ...]]) -> None:
+    machine = Machine(["cuda:0", "cuda:1", "cuda:2"], free_by_gpu={"cuda:0": 1, "cuda:1": 9, "cuda:2": 3})
+    config = text_format.Parse(f'name: "m" {LLM} {text}', ModelConfig())
+    placed = placements(with_explicit_groups(config, machine), machine)
+    assert [(placement.device, *placement.more_devices) for placement in placed] == devices
+
+
+def test_an_llms_gpus_stay_open_until_it_is_known_how_full_they_are() -> None:
+    config = text_format.Parse(f'name: "m" {LLM}', ModelConfig())
+    assert list(with_explicit_groups(config, TWO_GPUS).instance_group[0].gpus) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "can have 2 GPUs, and tensor_parallel_size asks for 3"),
+        ("instance_group [{ gpus: [0] }]", "lists 1 GPUs, and tensor_parallel_size asks for 3"),
+    ],
+)
+def test_an_llm_that_spans_more_gpus_than_there_are_is_refused(text: str, told: str) -> None:
+    with pytest.raises(InvalidArgument, match=told):
+        place(f"{LLM} {text} serving {{ llm {{ tensor_parallel_size: 3 }} }}", TWO_GPUS)
+
+
 def test_host_policies_give_instances_their_cores() -> None:
     machine = Machine(["cuda:0"], cores_by_policy={"cpu": (0,), "gpu_0": (1, 2), "mine": (3,)})
     text = "instance_group [{ kind: KIND_CPU }, { kind: KIND_GPU }, { kind: KIND_CPU host_policy: 'mine' }]"

@@ -31,6 +31,9 @@ _MODULES = {
 class DecoderModel(Layer):
     """A decoder: tokens of a step in, logits of the wanted rows out."""
 
+    is_capturable = True
+    """Whether `forward` only launches work, so that a GPU's graph can hold it."""
+
     def __init__(self, build: Build) -> None:
         self.build = build
 

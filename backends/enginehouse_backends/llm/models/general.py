@@ -43,6 +43,7 @@ class GeneralModel(DecoderModel):
     """See module."""
 
     model: Any
+    is_capturable = False  # nobody knows what the library's modules do on the host
 
     def __init__(self, build: Build) -> None:
         super().__init__(build)

@@ -1,4 +1,7 @@
-"""Triton's interpreter, made right for what the kernels use. tests/conftest.py turns it on."""
+"""Triton's interpreter, made right for what the kernels use: simulated GPUs run them so, and so do tests.
+
+TRITON_INTERPRET=1 must be set before the kernels' modules are imported.
+"""
 
 from __future__ import annotations
 
