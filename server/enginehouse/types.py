@@ -269,6 +269,18 @@ class InferRequest:
     """Set by statistics when the request's end counts as its failure, so that it is not a success too."""
     flow: Any = None
     """Whatever the scheduler that holds the request needs to remember about it."""
+    max_ahead: int = 0
+    """How many answers before the final one the model may be ahead of whoever reads them; 0 is any number.
+    A sender that sets it calls `took_answer` for each, and the model's next answer waits for that."""
+    num_taken: int = 0
+    on_taken: Callable[[InferRequest], None] | None = None
+    """Set by the stage that makes the answers."""
+
+    def took_answer(self) -> None:
+        """One more answer is dealt with. Nothing happens where nobody limits how far the model may be ahead."""
+        self.num_taken += 1
+        if self.on_taken is not None:
+            self.on_taken(self)
 
     def cancel(self) -> None:
         """Asks the stage that holds the request to give it up. May be called at any time, and again."""

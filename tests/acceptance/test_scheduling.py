@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
@@ -112,6 +113,54 @@ ensemble_scheduling { step [
 """
 
 
+PRODUCER = """
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            for number in range(pb_utils.get_input_tensor_by_name(request, "COUNT").as_numpy().item()):
+                part = np.full(1 << 18, number, np.int32)
+                sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("PART", part)]))
+            sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+"""
+PRODUCER_CONFIG = """backend: "python" max_batch_size: 0
+input [ { name: "COUNT" data_type: TYPE_INT32 dims: [ 1 ] } ]
+output [ { name: "PART" data_type: TYPE_INT32 dims: [ -1 ] } ]
+instance_group [ { count: 1 kind: KIND_CPU } ]
+model_transaction_policy { decoupled: true } serving { supervision { hang_timeout_s: 0.5 } }
+"""
+CONSUMER = """
+import time
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def execute(self, requests):
+        time.sleep(0.01)
+        part = pb_utils.get_input_tensor_by_name(requests[0], "PART").as_numpy()
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("NUMBER", part[:1])])]
+"""
+CONSUMER_CONFIG = """backend: "python" max_batch_size: 0
+input [ { name: "PART" data_type: TYPE_INT32 dims: [ -1 ] } ]
+output [ { name: "NUMBER" data_type: TYPE_INT32 dims: [ 1 ] } ]
+instance_group [ { count: 1 kind: KIND_CPU } ]
+"""
+SLOW_END = """platform: "ensemble" max_batch_size: 0
+input [ { name: "COUNT" data_type: TYPE_INT32 dims: [ 1 ] } ]
+output [ { name: "NUMBER" data_type: TYPE_INT32 dims: [ 1 ] } ]
+ensemble_scheduling { max_inflight_requests: 2 step [
+  { model_name: "producer" model_version: -1
+    input_map { key: "COUNT" value: "COUNT" } output_map { key: "PART" value: "part" } },
+  { model_name: "consumer" model_version: -1
+    input_map { key: "PART" value: "part" } output_map { key: "NUMBER" value: "NUMBER" } }
+] }
+"""
+
+
 def write(root: Path, name: str, config: str, model: str = "") -> Path:
     """The version folder."""
     version = root / name / "1"
@@ -154,6 +203,9 @@ def write_models(root: Path) -> None:
     )
     write(root, "pipeline", PIPELINE)
     write(root, "countdown", ITERATIVE, COUNTDOWN)
+    write(root, "producer", PRODUCER_CONFIG, PRODUCER)
+    write(root, "consumer", CONSUMER_CONFIG, CONSUMER)
+    write(root, "slow_end", SLOW_END)
     write(root, "shared", SLOW_INPUTS + FAIR, SLOW)
     write(root, "tuned", SLOW_INPUTS.replace("max_batch_size: 1", "max_batch_size: 8") + TUNED, SLOW)
     limited = 'rate_limiter { resources [ { name: "licence" global: true count: 1 } ] }'
@@ -318,6 +370,31 @@ def test_an_iterative_request_runs_until_the_model_has_enough(server: ServerProc
             found[result.get_response().id].append(int(result.as_numpy("N").item()))
         asking.stop_stream()
     assert found == {"5": [5, 4, 3, 2, 1], "3": [3, 2, 1]}
+
+
+def test_a_slow_step_holds_back_a_fast_producer_and_memory_stays_level(server: ServerProcess) -> None:
+    count = 150  # MiB of parts, and 1.5 s of the consumer: longer than the producer may hang
+    before = peak_bytes(server)
+    numbers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    with grpc_client.InferenceServerClient(server.grpc) as asking:
+        asking.start_stream(lambda result, error: numbers.put((result, error)))
+        tensor = grpc_client.InferInput("COUNT", [1], "INT32").set_data_from_numpy(np.array([count], np.int32))
+        asking.async_stream_infer("slow_end", [tensor])
+        found = []
+        for _ in range(count):
+            result, error = numbers.get(timeout=20)
+            assert error is None
+            found.append(int(result.as_numpy("NUMBER").item()))
+        asking.stop_stream()
+    assert sorted(found) == list(range(count))
+    assert peak_bytes(server) - before < 40 << 20
+
+
+def peak_bytes(server: ServerProcess) -> int:
+    """The most that the server and its children ever held, shared memory counted in each."""
+    processes = [server.pid, *(child.pid for child in psutil.Process(server.pid).children(recursive=True))]
+    lines = [line for pid in processes for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def test_a_condition_that_is_no_expression_fails_the_load_by_name(client: Any) -> None:

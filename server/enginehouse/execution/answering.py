@@ -28,6 +28,15 @@ class RunningBatch:
         """In a thread host: the requests as the instance got them."""
 
     @property
+    def is_held(self) -> bool:
+        """Its model waits, or soon will, until somebody takes an answer."""
+        return any(
+            request.num_responses - request.num_taken >= request.max_ahead
+            for request in self.batch.requests
+            if request.max_ahead and not request.cancelled
+        )
+
+    @property
     def finished(self) -> bool:
         return self.num_owed == 0 and not self.instance_busy
 
@@ -98,7 +107,9 @@ class RunningBatch:
 class WorkerBatch(RunningBatch):
     """A batch in a worker's instance."""
 
-    __slots__ = ("batch_id", "busy_ns", "instance_id", "joiner", "on_finished", "sent_ns", "slot", "takes_tensors")
+    __slots__ = (
+        "batch_id", "busy_ns", "instance_id", "joiner", "let_go_ns", "on_finished", "sent_ns", "slot", "takes_tensors",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -119,6 +130,8 @@ class WorkerBatch(RunningBatch):
         self.takes_tensors = takes_tensors
         self.sent_ns = 0
         self.busy_ns = 0
+        self.let_go_ns = 0
+        """When an answer was taken last, where that is waited for."""
         self.on_finished = on_finished
 
     def fail(self, error: EnginehouseError) -> None:

@@ -62,6 +62,7 @@ class RequestRef(msgspec.Struct, array_like=True):
     model_name: str = ""
     model_version: str = ""
     traceparent: str = ""
+    max_ahead: int = 0
 
 
 class ResponseRef(msgspec.Struct, array_like=True):
@@ -199,6 +200,15 @@ class Trim(msgspec.Struct, array_like=True, tag=17):
     """Nothing has happened for a while: the worker's slab may give its pages back."""
 
 
+class Taken(msgspec.Struct, array_like=True, tag=18):
+    """So many answers of a request were dealt with, where it limits how far the model may be ahead."""
+
+    batch_id: int
+    index: int
+    num_taken: int
+    freed: list[int]
+
+
 class EngineMetrics(msgspec.Struct, array_like=True, tag=16):
     call_id: int
     instance_id: int
@@ -286,7 +296,7 @@ class Refused(msgspec.Struct, array_like=True, tag=38):
 
 ToWorker = (
     Segment | NoSegment | CompleteConfig | Load | Create | Close | Unload | Probe | Execute | Cancel | Freed
-    | Answer | InferAnswer | Generate | CancelGenerate | EngineMetrics | Trim
+    | Answer | InferAnswer | Generate | CancelGenerate | EngineMetrics | Trim | Taken
 )  # fmt: skip
 ToServer = Reply | Done | Respond | NeedSegment | Service | Infer | CancelInfer | Events | Refused | Freed
 

@@ -29,6 +29,7 @@ from enginehouse.execution.slab import (
     make_segment,
 )
 from enginehouse.execution.spawning import Launch, Spawner
+from enginehouse.types import InferRequest
 
 _FREED_ALONE = 32
 """So many blocks are told back without waiting for a message to ride on."""
@@ -122,7 +123,9 @@ class WorkerProcess:
         for running in self.batches.values():
             if not running.instance_busy:
                 continue  # decoupled: answers may take their time
-            begun_ns = self._begun_ns(running) or running.sent_ns
+            if running.is_held:
+                continue  # it waits for somebody to take an answer
+            begun_ns = max(self._begun_ns(running) or running.sent_ns, running.let_go_ns)
             oldest_ns = min(oldest_ns or begun_ns, begun_ns)
         return oldest_ns / 1e9 if oldest_ns else None
 
@@ -178,11 +181,17 @@ class WorkerProcess:
         for request in running.batch.requests:
             tensors, offset = write_tensors(request.inputs.values(), memory, offset)
             refs.append(request_ref(request, tensors))
+            if request.max_ahead:
+                request.on_taken = partial(self._tell_taken, running, len(refs) - 1)
         freed = self.incoming.take_released()
         self.channel.send(m.Execute(running.batch_id, running.instance_id, block, memory.nbytes, [], [], refs, freed))
 
     def cancel(self, running: WorkerBatch, index: int) -> None:
         self.channel.send(m.Cancel(running.batch_id, index))
+
+    def _tell_taken(self, running: WorkerBatch, index: int, request: InferRequest) -> None:
+        running.let_go_ns = time.monotonic_ns()
+        self.channel.send(m.Taken(running.batch_id, index, request.num_taken, self.incoming.take_released()))
 
     # --- memory
 

@@ -61,6 +61,7 @@ def request_ref(request: InferRequest, inputs: list[TensorRef]) -> RequestRef:
         request.model_name,
         request.model_version,
         request.trace.traceparent if hasattr(request.trace, "traceparent") else "",
+        request.max_ahead,
     )
 
 

@@ -23,6 +23,7 @@ from enginehouse.backend import (
     RequestInstance,
     TensorInstance,
 )
+from enginehouse.execution.answer_window import AnswerWindow
 from enginehouse.execution.answering import RunningBatch
 from enginehouse.execution.contract import Batch, ExecutionTimes, HostHealth, HostState
 from enginehouse.execution.host_policy import run_on
@@ -48,6 +49,9 @@ class ThreadInstance:
         self._model = model
         self._jobs: SimpleQueue[RunningBatch | None] = SimpleQueue()
         self._running: set[RunningBatch] = set()
+        self._taken = threading.Condition()
+        """Guards the counting of the windows and wakes a model that waits for its answers to be taken."""
+        self._windows: dict[InferRequest, AnswerWindow] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._work, name=f"instance {placement.name}", daemon=True)
@@ -62,9 +66,28 @@ class ThreadInstance:
         running = RunningBatch(batch, self._model.name, self._model.version)
         self._running.add(running)
         self._idle.clear()
+        for request in batch.requests:
+            if request.max_ahead:
+                self._windows[request] = AnswerWindow(request.max_ahead)
+                request.on_taken = self._take
         self._jobs.put(running)
 
+    def _take(self, request: InferRequest) -> None:
+        window = self._windows.get(request)
+        if window is not None:
+            with self._taken:
+                window.take(request.num_taken)
+                self._taken.notify_all()
+
+    def _open_window(self, request: InferRequest) -> None:
+        window = self._windows.pop(request, None)
+        if window is not None:
+            with self._taken:
+                window.open()
+                self._taken.notify_all()
+
     def cancel(self, request: InferRequest) -> None:
+        self._open_window(request)
         for running in self._running:
             index = running.index_of(request)
             if index is not None and index < len(running.views):
@@ -94,6 +117,8 @@ class ThreadInstance:
 
     def _forget_if_finished(self, running: RunningBatch) -> None:
         if running.finished:
+            for request in running.batch.requests:
+                self._open_window(request)
             self._running.discard(running)
             if not self._running:
                 self._idle.set()
@@ -138,11 +163,17 @@ class ThreadInstance:
             return outcome
         assert isinstance(self.instance, RequestInstance), "a generative instance runs no batches: a bug"
         mailbox = self._model.mailbox
+        windows = [self._windows.get(request) for request in requests]
 
         def respond(index: int, response: InferResponse) -> None:
             response.outputs = joiner.pick(requests[index], response.outputs)
             response.model_name, response.model_version = running.model_name, running.model_version
             response.id = requests[index].id
+            window = windows[index]
+            if window is not None and not response.final:
+                number = window.next_number()
+                with self._taken:
+                    self._taken.wait_for(lambda: window.has_room(number))
             mailbox.post(self._on_response, running, index, response)
 
         for index, request in enumerate(requests):

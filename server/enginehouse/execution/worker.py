@@ -84,6 +84,10 @@ class Worker:
         match message:
             case m.Cancel():
                 self._cancel(message)
+            case m.Taken():
+                running = self._running.get(message.batch_id)
+                if running is not None:
+                    running.take(message.index, message.num_taken)
             case m.InferAnswer():
                 self._calls.on_infer_answer(message)
             case m.Answer():
@@ -220,10 +224,10 @@ class Worker:
         self._queued.discard(running.batch_id)
         if not self._early_cancels:
             return
-        for index, request in enumerate(running.requests):
+        for index in range(len(running.requests)):
             if (running.batch_id, index) in self._early_cancels:
                 self._early_cancels.discard((running.batch_id, index))
-                request.cancelled = True
+                running.cancel(index)
 
     def forget(self, batch_id: int) -> None:
         self._running.pop(batch_id, None)
@@ -234,8 +238,8 @@ class Worker:
         if running is None:
             if message.batch_id in self._queued:
                 self._early_cancels.add((message.batch_id, message.index))
-        elif message.index < len(running.requests):
-            running.requests[message.index].cancel()
+        else:
+            running.cancel(message.index)
 
     def note_progress(self, slot: int, batch_id: int, since_ns: int) -> None:
         m.PROGRESS.pack_into(self._progress, slot * m.PROGRESS.size, batch_id, since_ns)

@@ -176,7 +176,7 @@ class WorkerChannel:
     def _take_memory(self, message: Any) -> bool:
         """Handles what is about the slabs alone. Whether there is nothing else to it."""
         kind = type(message)
-        if kind is m.Execute or kind is m.InferAnswer:
+        if kind is m.Execute or kind is m.InferAnswer or kind is m.Taken:
             if message.freed:
                 with self._slab_lock:
                     self.outgoing.free(message.freed)

@@ -16,6 +16,7 @@ from enginehouse.backend import GenerativeInstance, Instance, Model, Placement, 
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution import messages as m
+from enginehouse.execution.answer_window import AnswerWindow
 from enginehouse.execution.host_policy import run_on
 from enginehouse.execution.joiners import joiner_of
 from enginehouse.execution.refs import request_of, response_ref, tensor_of, tensors_bytes, write_tensors
@@ -52,6 +53,7 @@ class RunningRequests:
         self._collected: list[tuple[int, InferResponse]] = []
         self._num_owed = len(message.requests)
         self._is_answered = [False] * self._num_owed
+        self._windows = [AnswerWindow(request.max_ahead) for request in message.requests]
         memory = worker.channel.incoming.open(message.block, message.block_nbytes)
         self.requests = [self._view(index, ref, memory, loaded) for index, ref in enumerate(message.requests)]
 
@@ -70,9 +72,21 @@ class RunningRequests:
         if self._collecting and response.final and threading.get_ident() == self._thread_id:
             self._collected.append((index, response))
             return
+        window = self._windows[index]
+        if not (response.final or window.is_open):
+            number = window.next_number()
+            self._worker.channel.wait_until(lambda: window.has_room(number))
         self._send(index, response)
         if response.final:
             self._count_final(1)
+
+    def take(self, index: int, num_taken: int) -> None:
+        self._windows[index].take(num_taken)
+
+    def cancel(self, index: int) -> None:
+        self._windows[index].open()
+        if index < len(self.requests):
+            self.requests[index].cancel()
 
     def _send(self, index: int, response: InferResponse) -> None:
         channel = self._worker.channel

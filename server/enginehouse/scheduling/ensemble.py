@@ -13,16 +13,20 @@ from enginehouse.execution.contract import Batch, InstanceHandle
 from enginehouse.scheduling.clock import Clock, LoopClock
 from enginehouse.scheduling.contract import ExecutionObserver, SubmitRequest
 from enginehouse.scheduling.ensemble_check import ConfigLookup, client_dims
-from enginehouse.scheduling.ensemble_graph import EnsembleGraph
-from enginehouse.scheduling.ensemble_run import EnsembleRun, StepGate
+from enginehouse.scheduling.ensemble_graph import EnsembleGraph, Step
+from enginehouse.scheduling.ensemble_run import EnsembleRun
 from enginehouse.scheduling.in_flight import InFlight, cancelled, stopped
+from enginehouse.scheduling.step_gate import StepGate
 from enginehouse.types import InferRequest, InferResponse
+
+ANSWERS_AHEAD = 2
+"""Of a decoupled step whose consumers are full: one that waits to be let in and one on its way."""
 
 logger = logging.getLogger("enginehouse.scheduling.ensemble")
 
 
 class EnsembleScheduler:
-    """The contract's Scheduler for ensembles. Steps are bounded by the queues of their models."""
+    """The contract's Scheduler for ensembles. Steps are bounded by the queues of their models and by the gate."""
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class EnsembleScheduler:
         self.output_dims = {tensor.name: client_dims(tensor) for tensor in config.output}
         self._instance = EnsembleInstance(f"{config.name}_{version}")
         self._runs: set[EnsembleRun] = set()
+        self._max_ahead: dict[int, int] = {}
         self._is_closed = False
         self._in_flight = InFlight(observer)
 
@@ -94,6 +99,30 @@ class EnsembleScheduler:
             if response.error is None:
                 self.observer.on_batch([run.request], self._instance, run.times(), None)
         self._in_flight.deliver(run.request, response)
+        if response.final:
+            run.let_go()
+
+    def max_ahead(self, step: Step, member: ModelConfig) -> int:
+        """How far the step's model may be ahead of the steps that read its answers; 0 is any number.
+
+        Never where that would make the model wait for itself: where it is a step behind this one as well.
+        """
+        if not member.model_transaction_policy.decoupled:
+            return 0
+        ahead = self._max_ahead.get(step.index)
+        if ahead is None:
+            behind = self.graph.steps_behind(step)
+            names = {name for other in behind for name in self._model_names(other.model_name, other.model_version)}
+            own = self._model_names(step.model_name, step.model_version)
+            ahead = self._max_ahead[step.index] = 0 if own & names else ANSWERS_AHEAD
+        return ahead
+
+    def _model_names(self, name: str, version: str) -> set[str]:
+        """The model and those that it is made of."""
+        names = {name}
+        for step in self.lookup(name, version).ensemble_scheduling.step:
+            names |= self._model_names(step.model_name, str(step.model_version) if step.model_version >= 0 else "")
+        return names
 
 
 class EnsembleInstance:

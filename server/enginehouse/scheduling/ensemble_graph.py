@@ -122,6 +122,17 @@ class EnsembleGraph:
         outputs = tuple(name for name in self.outputs if name in wanted)
         return Plan(outputs, consumers, num_readers, requested)
 
+    def steps_behind(self, step: Step) -> list[Step]:
+        """The steps that can't run before this one has answered."""
+        behind: dict[int, Step] = {}
+        tensors = list(step.outputs.values())
+        while tensors:
+            for reader in self.consumers.get(tensors.pop(), ()):
+                if reader.index not in behind:
+                    behind[reader.index] = reader
+                    tensors.extend(reader.outputs.values())
+        return list(behind.values())
+
     def needed_steps(self, outputs: frozenset[str]) -> frozenset[int]:
         """Indices of the steps that these outputs depend on."""
         needed: set[int] = set()

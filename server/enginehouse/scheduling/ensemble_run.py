@@ -17,37 +17,11 @@ from enginehouse.execution.contract import ExecutionTimes
 from enginehouse.scheduling.ensemble_graph import Step
 from enginehouse.scheduling.ensemble_tensors import Path, RunTensors, Sequencing, Value, fit_input, fit_output
 from enginehouse.scheduling.in_flight import cancelled
+from enginehouse.scheduling.step_gate import Hold
 from enginehouse.types import InferRequest, InferResponse, ParameterValue, Tensor
 
 if TYPE_CHECKING:
     from enginehouse.scheduling.ensemble import EnsembleScheduler
-
-
-class StepGate:
-    """At most `limit` (0: any number) requests of each step at once, over all runs; the others wait."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._num_inside: dict[int, int] = {}
-        self._waiting: dict[int, deque[Callable[[], bool]]] = {}
-
-    def enter(self, step: Step, go: Callable[[], bool]) -> None:
-        """Calls `go` now or when there is room. If it returns true, `leave` is to follow."""
-        if not self._limit:
-            go()
-        elif self._num_inside.get(step.index, 0) >= self._limit:
-            self._waiting.setdefault(step.index, deque()).append(go)
-        elif go():
-            self._num_inside[step.index] = self._num_inside.get(step.index, 0) + 1
-
-    def leave(self, step: Step) -> None:
-        if not self._limit:
-            return
-        waiting = self._waiting.get(step.index)
-        while waiting:
-            if waiting.popleft()():
-                return
-        self._num_inside[step.index] -= 1
 
 
 class EnsembleRun:
@@ -62,6 +36,8 @@ class EnsembleRun:
         self._running: set[InferRequest] = set()
         self._num_unfinished = 0
         """Steps that are submitted or wait at the gate."""
+        self._untaken: deque[Hold] = deque()
+        """Of the answers that were given and not yet taken, where the request limits how many there may be."""
         self._is_over = False
         self._has_answered = False
         self._durations_ns = [0, 0, 0]
@@ -74,6 +50,7 @@ class EnsembleRun:
     def start(self) -> None:
         request = self.request
         request.on_cancel = self._on_cancel
+        request.on_taken = self._on_taken
         for name in self._graph.inputs:
             self._tensors.put(name, (), Value(request.inputs.get(name), request.batch_size))
         self._advance(self._graph.inputs, ())
@@ -101,25 +78,34 @@ class EnsembleRun:
             times.compute_output_start_ns + self._durations_ns[2],
         )
 
+    def let_go(self) -> None:
+        """Nobody need wait for what the run still holds: it has ended."""
+        while self._untaken:
+            self._untaken.popleft().release()
+
     def _on_cancel(self, request: InferRequest) -> None:
         self.fail(cancelled())
+
+    def _on_taken(self, request: InferRequest) -> None:
+        if self._untaken:
+            self._untaken.popleft().release()
 
     def _fail_in_step(self, error: EnginehouseError) -> None:
         text = f"in ensemble '{self._graph.name}', {error}"
         self.fail(error_of(error.code, text, error.reason or FailureReason.OTHER))
 
-    def _advance(self, updated: Iterable[str], branch: Path) -> None:
-        """Starts the steps and sends the answer that the new tensors make possible."""
+    def _advance(self, updated: Iterable[str], branch: Path, hold: Hold | None = None) -> None:
+        """Starts the steps and sends the answer that the new tensors make possible; `hold` waits for them."""
         consumers, outputs = self._plan.consumers, self._plan.outputs
         steps = {step.index: step for name in updated for step in consumers.get(name, ())}
         for step in steps.values():
             for path in self._tensors.ready_paths(step.reads, branch):
-                self._start_step(step, path)
+                self._start_step(step, path, hold)
         if any(name in outputs for name in updated):
             for path in self._tensors.ready_paths(outputs, branch):
-                self._answer(path)
+                self._answer(path, hold)
 
-    def _answer(self, path: Path) -> None:
+    def _answer(self, path: Path, hold: Hold | None) -> None:
         outputs: list[Tensor] = []
         sequencing: Sequencing | None = None
         for name in self._plan.outputs:
@@ -130,6 +116,9 @@ class EnsembleRun:
                 sequencing = value.sequencing or sequencing
         self._has_answered = True
         self._is_over = not self._num_unfinished
+        if hold is not None and self.request.max_ahead and not self._is_over:
+            hold.wait_for_one_more()
+            self._untaken.append(hold)
         self._scheduler.deliver(
             self,
             InferResponse(
@@ -165,20 +154,26 @@ class EnsembleRun:
 
     # --- steps
 
-    def _start_step(self, step: Step, path: Path) -> None:
+    def _start_step(self, step: Step, path: Path, hold: Hold | None) -> None:
         self._num_unfinished += 1
+        if hold is not None:
+            hold.wait_for_one_more()
         read = {tensor: self._tensors.read(tensor, path) for tensor in step.reads}
         try:
             runs = self._runs(step, read)
         except InvalidArgument as error:
-            self._scheduler.clock.call_soon(partial(self._fail_in_step, error))
+            self._scheduler.clock.call_soon(partial(self._fail_at_start, error, hold))
             return
         if not runs:
             # later: nobody expects the answer before `submit` has returned
-            self._scheduler.clock.call_soon(lambda: self._skip(step, path))
+            self._scheduler.clock.call_soon(lambda: self._skip(step, path, hold))
             return
         values = {name: read[tensor] for name, tensor in step.inputs.items()}
-        self._scheduler.gate.enter(step, lambda: self._submit_step(step, path, values))
+        self._scheduler.gate.enter(step.index, lambda: self._submit_step(step, path, values, hold))
+
+    def _fail_at_start(self, error: EnginehouseError, hold: Hold | None) -> None:
+        self._fail_in_step(error)
+        _release(hold)
 
     def _runs(self, step: Step, read: Mapping[str, Value]) -> bool:
         """Whether its condition holds and no tensor that it must have was skipped."""
@@ -192,26 +187,30 @@ class EnsembleRun:
         member = self._scheduler.lookup(step.model_name, step.model_version)
         return skipped <= {spec.name for spec in member.input if spec.optional}
 
-    def _skip(self, step: Step, path: Path) -> None:
+    def _skip(self, step: Step, path: Path, hold: Hold | None) -> None:
         self._num_unfinished -= 1
-        if self._is_over:
-            return
+        if not self._is_over:
+            self._make_nothing(step, path, hold)
+        _release(hold)
+
+    def _make_nothing(self, step: Step, path: Path, hold: Hold | None) -> None:
         missing = []
         for name in step.outputs.values():
             skips = self._skips[name, path] = self._skips.get((name, path), 0) + 1
             if skips == len(self._graph.producers[name]):
                 self._tensors.put(name, path, Value(None, is_skipped=True))
                 missing.append(name)
-        self._advance(missing, path)
+        self._advance(missing, path, hold)
         if not self._num_unfinished:
             self._end()
 
-    def _submit_step(self, step: Step, path: Path, values: Mapping[str, Value]) -> bool:
+    def _submit_step(self, step: Step, path: Path, values: Mapping[str, Value], hold: Hold | None) -> bool:
         """False if the run is over and the step need not run."""
+        _release(hold)
         if self._is_over:
             self._num_unfinished -= 1
             return False
-        answers = _StepAnswers(self, step, path)
+        answers = _StepAnswers(self, step, path, partial(self._scheduler.gate.leave, step.index))
         try:
             answers.request = self._step_request(step, values, answers)
             self._running.add(answers.request)
@@ -247,22 +246,30 @@ class EnsembleRun:
             tenant=request.tenant,
             trace=request.trace.child() if request.trace is not None else None,
             sink=answers,
+            max_ahead=self._scheduler.max_ahead(step, member) if self._is_limited else 0,
         )
 
     def on_step_response(self, answers: _StepAnswers, branch: Path, response: InferResponse) -> None:
-        step = answers.step
+        hold = answers.hold_for(response) if self._is_limited else None
         if response.final:
             self._running.discard(answers.request)
-            self._note_times(step, answers.request)
+            self._note_times(answers.step, answers.request)
             self._num_unfinished -= 1
             self._add_durations(answers.request)
-            self._scheduler.gate.leave(step)
-        if self._is_over:
-            return
+        if not self._is_over:
+            self._take(answers, branch, response, hold)
+        _release(hold)
+
+    @property
+    def _is_limited(self) -> bool:
+        return bool(self._scheduler.gate.limit or self.request.max_ahead)
+
+    def _take(self, answers: _StepAnswers, branch: Path, response: InferResponse, hold: Hold | None) -> None:
         if response.error is not None:
             self._fail_in_step(response.error)
             return
         if response.has_response:
+            step = answers.step
             sequencing = _sequencing_after(answers.request, response.parameters)
             given = {output.name: output for output in response.outputs}
             updated = {tensor: given.get(name) for name, tensor in step.outputs.items()}
@@ -271,7 +278,7 @@ class EnsembleRun:
                     self._fail_in_step(InvalidArgument(f"more than one step made the ensemble tensor '{name}'"))
                     return
                 self._tensors.put(name, branch, Value(tensor, answers.request.batch_size, sequencing))
-            self._advance(updated, branch)
+            self._advance(updated, branch, hold)
         if not self._num_unfinished:
             self._end()
 
@@ -302,11 +309,13 @@ class EnsembleRun:
 class _StepAnswers:
     """The sink of one step's request."""
 
-    __slots__ = ("_num_answers", "_path", "_run", "request", "step")
+    __slots__ = ("_num_answers", "_path", "_place", "_run", "request", "step")
 
-    def __init__(self, run: EnsembleRun, step: Step, path: Path) -> None:
+    def __init__(self, run: EnsembleRun, step: Step, path: Path, leave: Callable[[], None]) -> None:
+        """`leave` gives the request's place at the gate back: when all that its answers lead to is under way."""
         self.step = step
         self.request = run.request
+        self._place = Hold(leave)
         self._run = run
         self._path = path
         self._num_answers = 0
@@ -316,6 +325,23 @@ class _StepAnswers:
         branch = self._path if response.final and not self._num_answers else (*self._path, self._num_answers)
         self._num_answers += 1
         self._run.on_step_response(self, branch, response)
+
+
+    def hold_for(self, response: InferResponse) -> Hold:
+        """Until all that the answer leads to is under way."""
+        if response.final:
+            return Hold(self._place.release)
+        self._place.wait_for_one_more()
+        return Hold(self._on_taken)
+
+    def _on_taken(self) -> None:
+        self.request.took_answer()
+        self._place.release()
+
+
+def _release(hold: Hold | None) -> None:
+    if hold is not None:
+        hold.release()
 
 
 def _sequencing_after(request: InferRequest, parameters: Mapping[str, ParameterValue]) -> Sequencing:

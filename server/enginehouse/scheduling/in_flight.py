@@ -28,8 +28,9 @@ class InFlight:
         assert sink is not None, "bug: a submitted request has a sink"
         if response.final:
             self.num_requests -= 1
-            request.on_cancel = None
+            request.on_cancel = request.on_taken = None
             request.flow = None
+            request.sink = None  # it knows the request: without this the tensors would wait for the collector
             sink(response)
             if self._waiters and not self.num_requests:
                 self._wake()

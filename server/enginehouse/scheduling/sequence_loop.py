@@ -260,14 +260,15 @@ class SequenceScheduler:
 
     def _hand_over(self, lane: InstanceLane, requests: Sequence[InferRequest]) -> None:
         lane.num_batches += 1
-        sequences = [request.flow for request in requests if request.flow is not None]
+        real = [request for request in requests if request.flow is not None]
+        sequences = [request.flow for request in real]
         batch = Batch(
             requests,
             self._on_response,
             self._on_done,
             self._on_reschedule,
             instance=lane.instance,
-            context=(lane, sequences),
+            context=(lane, real, sequences),
         )
         lane.instance.execute(batch)
 
@@ -293,8 +294,7 @@ class SequenceScheduler:
 
     def _on_done(self, batch: Batch, times: ExecutionTimes, error: EnginehouseError | None) -> None:
         lane: InstanceLane
-        lane, sequences = batch.context
-        real = [request for request in batch.requests if request.sink is not None]
+        lane, real, sequences = batch.context
         self._observer.on_batch(real, lane.instance, times, error)
         lane.num_batches -= 1
         now_ns = self._clock.now_ns()

@@ -114,16 +114,23 @@ class Seen:
 
     def __init__(self) -> None:
         self.responses: list[tuple[InferRequest, InferResponse]] = []
+        self.answered = asyncio.Event()
         self.done = asyncio.Event()
         self.all_final = asyncio.Event()
         self.times: ExecutionTimes | None = None
         self.error: EnginehouseError | None = None
+
+    async def answers(self, count: int) -> None:
+        while len(self.responses) < count:
+            self.answered.clear()
+            await self.answered.wait()
 
     def batch(self, *requests: InferRequest) -> Batch:
         owed = [len(requests)]
 
         def on_response(request: InferRequest, response: InferResponse) -> None:
             self.responses.append((request, response))
+            self.answered.set()
             owed[0] -= response.final
             if not owed[0]:
                 self.all_final.set()
@@ -173,6 +180,24 @@ async def test_request_instances_answer_any_number_of_times() -> None:
         await seen.all_final.wait()
     assert [(request.id, response.final) for request, response in seen.responses] == [
         ("r2", False), ("r2", False), ("r2", True), ("r0", True)]  # fmt: skip
+
+
+@pytest.mark.asyncio
+async def test_a_model_waits_until_its_answers_are_taken_or_nobody_wants_them() -> None:
+    seen = Seen()
+    request, cancelled = request_of(4), request_of(5)
+    request.max_ahead, cancelled.max_ahead = 2, 1
+    async with hosted(OneByOne) as model:
+        model.instances[0].execute(seen.batch(request, cancelled))
+        await seen.answers(2)
+        for number_of_answers in (3, 4):
+            request.took_answer()
+            await seen.answers(number_of_answers)
+            assert request.num_taken == number_of_answers - 2
+        assert not seen.all_final.is_set()
+        model.instances[0].cancel(cancelled)
+        await seen.all_final.wait()
+    assert len(seen.responses) == 4 + 1 + 5 + 1
 
 
 @pytest.mark.asyncio
