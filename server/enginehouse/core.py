@@ -209,6 +209,8 @@ class Core:
                 f"model '{served.name}' version {served.version} is restarting: {served.hosted.health.reason}",
                 reason=FailureReason.OTHER,
             )
+        if not request.tenant and "tenant" in request.parameters:
+            request.tenant = str(request.parameters["tenant"])
         served.last_used_ns = time.monotonic_ns()
         if request.trace is not None:
             request.trace.follow(request, served.version)

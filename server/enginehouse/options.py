@@ -90,6 +90,10 @@ class ServerOptions:
         0.0, number, "At SIGTERM: seconds to say 'not ready' and still accept, so that load balancers notice."
     )
 
+    tenant_header: str = _server(
+        "x-tenant", text, "HTTP header or gRPC metadata that names a request's tenant; empty: none."
+    )
+
     model_repository: tuple[str, ...] = _repository(
         (), text, "Folder or s3://, gs://, as://, hf:// address that holds models.", aliases=("model-store",)
     )

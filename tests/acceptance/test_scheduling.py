@@ -300,13 +300,14 @@ def test_step_times_come_on_request_over_both_protocols(server: ServerProcess, c
         assert all(one["total_us"] >= one["compute_us"] > 0 for one in times)
 
 
-def test_tenants_share_by_weight(client: Any) -> None:
+@pytest.mark.parametrize("named_by", ["parameters", "headers"])
+def test_tenants_share_by_weight(client: Any, named_by: str) -> None:
     array = np.array([[1]], np.int32)
     pending = [("other", ask(client, "shared", {"X": array}))]
     time.sleep(0.02)
     for tenant in ("other", "paying"):
-        parameters = {"tenant": tenant}
-        pending += [(tenant, ask(client, "shared", {"X": array}, parameters=parameters)) for _ in range(9)]
+        options = {"parameters": {"parameters": {"tenant": tenant}}, "headers": {"headers": {"X-Tenant": tenant}}}
+        pending += [(tenant, ask(client, "shared", {"X": array}, **options[named_by])) for _ in range(9)]
     order = {tenant: [] for tenant in ("other", "paying")}  # type: dict[str, list[int]]
     for tenant, waiting in pending:
         order[tenant].append(waiting.get_result().as_numpy("N").item())

@@ -52,6 +52,7 @@ from enginehouse_backends.llm.scheduler import Scheduler, SchedulerLimits
 from enginehouse_backends.llm.served_llm import ServedLlm
 from enginehouse_backends.llm.step_building import BlockTable
 from enginehouse_backends.llm.tokenizer import Tokenizer
+from enginehouse_backends.llm.waiting_queue import tenant_weights
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ class LlmInstance(GenerativeInstance):
             # a version that is loaded again joins while its elder still serves
             key = f"{context.name}:{context.version}#{next(_NUMBERS)}"
             self.llm = _serve(key, context.name, settings, plan, self._runner, self)
+            self.llm.scheduler.waiting.weights = tenant_weights(context.config)
             num_pages = -(-plan.kv_bytes // self._group.engine.arena.page_bytes)
             self._group.engine.join(self.llm, num_pages, settings.share_weight)
         except BaseException:

@@ -10,12 +10,18 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from enginehouse.config.schema import ModelConfig
 from enginehouse_backends.llm.generation import Generation
+
+
+def tenant_weights(config: ModelConfig) -> dict[str, float]:
+    """Shares of the model's tokens, by tenant."""
+    return {tenant.name: tenant.weight or 1.0 for tenant in config.serving.tenants}
 
 
 @dataclass(slots=True)
 class WaitingQueue:
-    """See module. `weights` by tenant; unknown tenants weigh 1."""
+    """See module. `weights` by tenant; those that it doesn't name weigh what `*` does, or 1."""
 
     weights: dict[str, float] = field(default_factory=dict)
     _levels: dict[int, dict[str, dict[str, Generation]]] = field(default_factory=dict)
@@ -60,7 +66,10 @@ class WaitingQueue:
         self.num_tokens -= len(generation.tokens)
 
     def charge(self, tenant: str, num_tokens: int) -> None:
-        self._service[tenant] = self._service.get(tenant, 0.0) + num_tokens / self.weights.get(tenant, 1.0)
+        self._service[tenant] = self._service.get(tenant, 0.0) + num_tokens / self._weight(tenant)
+
+    def _weight(self, tenant: str) -> float:
+        return self.weights.get(tenant) or self.weights.get("*", 1.0)
 
     def best_priority(self) -> int | None:
         return min(self._levels, default=None)

@@ -59,9 +59,7 @@ class FairQueue(RequestQueue):
         return self._tenants
 
     def tenant_of(self, request: InferRequest) -> Tenant:
-        """By the request's own field, else by its parameter `tenant`."""
-        name = request.tenant or str(request.parameters.get("tenant", EVERYONE_ELSE))
-        return self._tenants.get(name) or self._tenants[EVERYONE_ELSE]
+        return self._tenants.get(request.tenant) or self._tenants[EVERYONE_ELSE]
 
     def add(self, ticket: Ticket) -> None:
         tenant = self.tenant_of(ticket.request)

@@ -159,8 +159,9 @@ async def test_metadata_that_match_become_parameters(server: LittleServer) -> No
     request = message("FP32", "FP32", [1], b"\0" * 4)
     request.parameters["mine"].int64_param = 4
     request.parameters["sequence_id"].string_param = "s"
-    answer = await infer(server, request, **{"x-user": "ann", "other": "no"})
-    assert seen[0].parameters == {"mine": 4, "x-user": "ann"}
+    answer = await infer(server, request, **{"x-user": "ann", "other": "no", "x-tenant": "acme"})
+    assert seen[0].parameters == {"mine": 4, "x-user": "ann", "x-tenant": "acme"}
+    assert seen[0].tenant == "acme"
     assert seen[0].correlation_id == "s"
     assert answer.parameters["flag"].bool_param
     assert answer.parameters["number"].int64_param == 3

@@ -212,10 +212,11 @@ async def test_parameters_and_forwarded_headers_reach_the_model() -> None:
     document["parameters"] = {
         "sequence_id": "s", "sequence_start": True, "priority": 3, "timeout": 9, "mine": 0.5, "X-Fwd-A": "body",
     }  # fmt: skip
-    headers = {"X-Fwd-A": "header", "Y": "no"}
+    headers = {"X-Fwd-A": "header", "Y": "no", "X-Tenant": "ann"}
     await server.http("POST", "/v2/models/m/infer", json.dumps(document).encode(), headers)
     [request] = seen
     assert (request.correlation_id, request.sequence_start, request.priority, request.timeout_us) == (
         "s", True, 3, 9,
     )  # fmt: skip
     assert request.parameters == {"mine": 0.5, "X-Fwd-A": "header"}
+    assert request.tenant == "ann"

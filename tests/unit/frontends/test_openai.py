@@ -52,6 +52,16 @@ async def answer(router: Router, path: str, document: Any) -> tuple[int, Any]:
     return reply.status, json.loads(joined(reply))
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("headers", "tenant"), [({}, "ann"), ({"x_tenant": "acme"}, "acme")])
+async def test_the_header_names_the_tenant_before_the_user_does(
+    router: Router, engine: LetterEngine, headers: dict[str, str], tenant: str
+) -> None:
+    document = {"model": "letters", "prompt": "hi", "user": "ann"}
+    assert isinstance(await ask(router, "/v1/completions", document, **headers), HttpResponse)
+    assert [request.tenant for request in engine.requests] == [tenant]
+
+
 async def complete(router: Router, **fields: Any) -> Any:
     status, document = await answer(router, "/v1/completions", {"model": "letters", "prompt": "hi", **fields})
     assert status == 200, document

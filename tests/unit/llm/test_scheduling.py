@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from enginehouse.config.schema import ModelConfig
 from enginehouse.types import SamplingParameters
 from enginehouse_backends.llm.block_pool import BlockPool, root_hash
 from enginehouse_backends.llm.generation import Generation, GenerationState
@@ -15,7 +16,7 @@ from enginehouse_backends.llm.latency_model import LatencyModel
 from enginehouse_backends.llm.page_ledger import PageLedger
 from enginehouse_backends.llm.prompt_policy import PromptPolicy
 from enginehouse_backends.llm.scheduler import Scheduler, SchedulerLimits, StepPlan
-from enginehouse_backends.llm.waiting_queue import WaitingQueue
+from enginehouse_backends.llm.waiting_queue import WaitingQueue, tenant_weights
 
 
 def make_scheduler(num_pages: int = 16, blocks_per_page: int = 4, **limits: Any) -> Scheduler:
@@ -161,7 +162,10 @@ def test_a_failed_steps_blocks_are_not_found() -> None:
 
 
 def test_tenants_with_less_service_go_first() -> None:
-    waiting = WaitingQueue(weights={"gold": 2.0})
+    config = ModelConfig()
+    config.serving.tenants.add(name="gold", weight=4)
+    config.serving.tenants.add(name="*", weight=2)
+    waiting = WaitingQueue(weights=tenant_weights(config))
     for name in ("a1", "a2", "b1", "gold1", "gold2"):
         waiting.add(make_generation(name, tenant=name.rstrip("12")))
     order = []

@@ -177,9 +177,3 @@ def test_a_tenant_with_enough_in_work_waits_although_an_instance_is_free() -> No
     rig.instances[0].step()
     rig.clock.run_soon()
     assert rig.waiting_sizes == [1, 1]
-
-
-def test_a_parameter_can_name_the_tenant() -> None:
-    queue = FairQueue([Tenant("a")])
-    assert queue.tenant_of(InferRequest("m", parameters={"tenant": "a"})).name == "a"
-    assert queue.tenant_of(InferRequest("m")).name == "*"

@@ -19,6 +19,7 @@ from enginehouse.frontends.pending import Pending
 from enginehouse.frontends.request_parameters import HeaderForwarding
 from enginehouse.frontends.request_traces import RequestTraces
 from enginehouse.frontends.shared_memory.regions import Regions
+from enginehouse.frontends.tenants import TenantHeader
 from enginehouse.types import InferRequest, InferResponse
 
 
@@ -34,16 +35,18 @@ def parse(kind: type[Any], data: bytes) -> Any:
 class InferDecoder:
     """What ModelInfer and ModelStreamInfer do alike before the core."""
 
-    def __init__(self, core: Core, regions: Regions, forwarding: HeaderForwarding) -> None:
+    def __init__(self, core: Core, regions: Regions, forwarding: HeaderForwarding, tenants: TenantHeader) -> None:
         self._core = core
         self._regions = regions
         self._forwarding = forwarding
+        self._tenants = tenants
         self.traces = RequestTraces(core, "GRPC")
 
     def request_of(self, incoming: Incoming, options: OutputOptions, call: GrpcCall) -> tuple[InferRequest, bool]:
         """The request, and whether the client wants empty final answers."""
         request = InferRequest(incoming.model_name, incoming.model_version)
         request.times.received_ns = call.received_ns or time.monotonic_ns()
+        request.tenant = self._tenants.tenant(call.header)
         request.deadline_ns = call.deadline_ns
         options.default = OutputOption(binary=True)
         empty_final = decode_request(incoming, request, options, self._regions)

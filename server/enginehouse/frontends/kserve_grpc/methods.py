@@ -14,11 +14,13 @@ from enginehouse.frontends.kserve_grpc.stream import StreamMethod
 from enginehouse.frontends.request_parameters import HeaderForwarding
 from enginehouse.frontends.restricted_apis import Api
 from enginehouse.frontends.shared_memory.regions import Regions
+from enginehouse.frontends.tenants import TenantHeader
 from enginehouse.options import ServerOptions
 
 
 def v2_methods(core: Core, options: ServerOptions, regions: Regions) -> dict[str, Method]:
-    decoder = InferDecoder(core, regions, HeaderForwarding(options.grpc_header_forward_pattern))
+    forwarding = HeaderForwarding(options.grpc_header_forward_pattern)
+    decoder = InferDecoder(core, regions, forwarding, TenantHeader.of(options.tenant_header))
     models, repository = ModelMethods(core), RepositoryMethods(core)
     memory, settings = SharedMemoryMethods(regions), SettingMethods(core)
     methods = {

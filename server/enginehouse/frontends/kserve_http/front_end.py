@@ -15,6 +15,7 @@ from enginehouse.frontends.request_parameters import HeaderForwarding
 from enginehouse.frontends.request_traces import RequestTraces
 from enginehouse.frontends.restricted_apis import Api, RestrictedApis
 from enginehouse.frontends.shared_memory.regions import Regions
+from enginehouse.frontends.tenants import TenantHeader
 from enginehouse.options import ServerOptions
 
 GET, POST = ("GET",), ("POST",)
@@ -28,8 +29,9 @@ class V2Handlers:
 
     def __init__(self, core: Core, options: ServerOptions, regions: Regions) -> None:
         forwarding, traces = HeaderForwarding(options.http_header_forward_pattern), RequestTraces(core, "HTTP")
-        generate = GenerateHandler(core, forwarding, traces)
-        self.inference = InferHandler(core, regions, forwarding, traces, options.http_max_input_size)
+        tenants = TenantHeader.of(options.tenant_header)
+        generate = GenerateHandler(core, forwarding, tenants, traces)
+        self.inference = InferHandler(core, regions, forwarding, tenants, traces, options.http_max_input_size)
         self.infer: RouteHandler = self.inference.handle
         self.generate: RouteHandler = generate.generate
         self.generate_stream: RouteHandler = generate.generate_stream

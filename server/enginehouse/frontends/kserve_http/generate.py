@@ -28,6 +28,7 @@ from enginehouse.frontends.kserve_http.generate_codec import decode_generate, en
 from enginehouse.frontends.kserve_http.infer_codec import dump_json
 from enginehouse.frontends.request_parameters import HeaderForwarding
 from enginehouse.frontends.request_traces import RequestTraces
+from enginehouse.frontends.tenants import TenantHeader
 from enginehouse.types import InferRequest, InferResponse
 
 _NOT_ONE = (
@@ -37,9 +38,10 @@ _NOT_ONE = (
 
 
 class GenerateHandler:
-    def __init__(self, core: Core, forwarding: HeaderForwarding, traces: RequestTraces) -> None:
+    def __init__(self, core: Core, forwarding: HeaderForwarding, tenants: TenantHeader, traces: RequestTraces) -> None:
         self._core = core
         self._forwarding = forwarding
+        self._tenants = tenants
         self._traces = traces
 
     async def generate(self, http: HttpRequest, parts: PathParts) -> Reply:
@@ -69,6 +71,7 @@ class GenerateHandler:
             raise InvalidArgument("Unsupported content-encoding, only 'identity' is supported.")
         served = await self._core.loaded_model(parts["model"], parts["version"])
         request = InferRequest(served.name, parts["version"])
+        request.tenant = self._tenants.tenant(http.headers.get)
         request.times.received_ns = http.received_ns or time.monotonic_ns()
         decode_generate(request, parse_json_members(http.body), served.inputs)
         self._forwarding.apply(request, http.headers.items())

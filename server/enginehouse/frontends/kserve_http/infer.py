@@ -37,6 +37,7 @@ from enginehouse.frontends.pending import Pending
 from enginehouse.frontends.request_parameters import HeaderForwarding
 from enginehouse.frontends.request_traces import RequestTraces
 from enginehouse.frontends.shared_memory.regions import Regions
+from enginehouse.frontends.tenants import TenantHeader
 from enginehouse.frontends.wire_errors import as_wire_error
 from enginehouse.types import InferRequest, InferResponse
 
@@ -52,12 +53,14 @@ class InferHandler:
         core: Core,
         regions: Regions,
         forwarding: HeaderForwarding,
+        tenants: TenantHeader,
         traces: RequestTraces,
         max_input_bytes: int,
     ) -> None:
         self._core = core
         self._regions = regions
         self._forwarding = forwarding
+        self._tenants = tenants
         self._traces = traces
         self._max_input_bytes = max_input_bytes
 
@@ -85,6 +88,7 @@ class InferHandler:
 
     def _request(self, http: HttpRequest, parts: PathParts, served: ServedVersion) -> InferRequest:
         request = InferRequest(served.name, parts["version"])
+        request.tenant = self._tenants.tenant(http.headers.get)
         request.times.received_ns = http.received_ns or time.monotonic_ns()
         return request
 

@@ -19,6 +19,7 @@ from enginehouse.frontends.openai.generation import run
 from enginehouse.frontends.openai.requests import ChatRequest, Common, CompletionRequest, decode
 from enginehouse.frontends.openai.sampling import chat_sampling, completion_sampling, num_choices
 from enginehouse.frontends.openai.streams import TokenStream
+from enginehouse.frontends.tenants import TenantHeader
 from enginehouse.options import ServerOptions
 from enginehouse.types import ChatPrompt, GenerateRequest, SamplingParameters
 
@@ -30,6 +31,7 @@ _run_id = secrets.token_hex(6)
 class GenerationHandlers:
     def __init__(self, core: Core, options: ServerOptions) -> None:
         self._core = core
+        self._tenants = TenantHeader.of(options.tenant_header)
         self._default_max_tokens = options.default_max_tokens
         self._chat_template = _read_template(options.chat_template)
 
@@ -41,7 +43,7 @@ class GenerationHandlers:
         answer = _answer(body, http, served, "cmpl-", len(prompts), sampling.logprobs)
         answer.echo = bool(body.echo)
         answer.echo_only = answer.echo and body.max_tokens == 0
-        return await self._generate(body, answer, prompts, sampling)
+        return await self._generate(body, http, answer, prompts, sampling)
 
     async def chat(self, http: HttpRequest) -> Reply:
         body = decode(http.body, ChatRequest)
@@ -49,16 +51,18 @@ class GenerationHandlers:
         sampling = chat_sampling(body)
         answer = _answer(body, http, served, "chatcmpl-", 1, sampling.logprobs)
         prompt = chat_prompt(body, self._chat_template)
-        return await self._generate(body, answer, [prompt], sampling)
+        return await self._generate(body, http, answer, [prompt], sampling)
 
     async def _generate(
         self,
         body: Common,
+        http: HttpRequest,
         answer: Answer,
         prompts: Sequence[str | Sequence[int] | ChatPrompt],
         sampling: SamplingParameters,
     ) -> Reply:
-        requests = _requests(body, answer, prompts, sampling)
+        tenant = self._tenants.tenant(http.headers.get) or body.user or ""
+        requests = _requests(body, tenant, answer, prompts, sampling)
         if body.stream:
             return await TokenStream(self._core, answer, requests).reply()
         events = await run(self._core, requests)
@@ -149,6 +153,7 @@ def _answer(
 
 def _requests(
     body: Common,
+    tenant: str,
     answer: Answer,
     prompts: Sequence[str | Sequence[int] | ChatPrompt],
     sampling: SamplingParameters,
@@ -166,7 +171,7 @@ def _requests(
             truncate_prompt_tokens=body.truncate_prompt_tokens,
             add_special_tokens=body.add_special_tokens is not False and not answer.is_chat,
             priority=body.priority or 0,
-            tenant=body.user or "",
+            tenant=tenant,
             cache_salt=body.cache_salt or "",
         )
         for index, prompt in enumerate(answer.prompts)
