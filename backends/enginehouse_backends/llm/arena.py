@@ -8,7 +8,9 @@ GPU it is allocated anew when models come or go, and everything in it is compute
 from __future__ import annotations
 
 import mmap
+import os
 import sys
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +26,7 @@ DEVICE_PAGE_BYTES = 32 * MIB
 """A GPU's models have larger blocks, and more memory."""
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 """Older Pythons don't name it."""
+_TOUCHING_NICENESS = 10
 
 
 class Arena:
@@ -56,12 +59,24 @@ class Arena:
         places: IntArray = (offsets // PLACE_BYTES).astype(np.int32)
         return places
 
-    def grow(self, num_pages: int) -> None:
-        """More pages, in place. Fills them with zeros now: the first touch of memory is slow."""
+    def prepare(self, num_pages: int) -> None:
+        """Fills the pages that `grow` will add with zeros: the first touch of memory is slow. By one thread at a
+        time, while the engine uses the pages that are there already; it gives way to the engine.
+        """
         assert num_pages <= self.most_pages, "bug: the arena's address space is smaller than that"
-        if num_pages > self.num_pages:
-            self.memory[self.num_pages * self.page_bytes : num_pages * self.page_bytes].zero_()
-            self.num_pages = num_pages
+        toucher = threading.Thread(target=self._touch, args=(range(self.num_pages, num_pages),), name="arena pages")
+        toucher.start()
+        toucher.join()
+
+    def _touch(self, pages: range) -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _TOUCHING_NICENESS)  # of this thread alone
+        for page in pages:
+            self.memory[page * self.page_bytes : (page + 1) * self.page_bytes].numpy().fill(0)  # by this thread
+
+    def grow(self, num_pages: int) -> None:
+        """More pages, in place."""
+        self.num_pages = max(self.num_pages, num_pages)
 
 
 class DeviceArena(Arena):
@@ -77,6 +92,9 @@ class DeviceArena(Arena):
     ) -> None:
         super().__init__(allocate(0), page_bytes, 0)
         self._allocate, self._release = allocate, release
+
+    def prepare(self, num_pages: int) -> None:
+        """Nothing: the memory comes with `resize`."""
 
     def resize(self, num_pages: int) -> None:
         """Other memory, all zeros. Nobody may hold the old one. Raises ResourceExhausted and is empty then."""

@@ -39,6 +39,8 @@ class Engine:
         self._pages_by_llm: dict[str, int] = {}
         """What the arena grew by for each."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._joining = threading.Lock()
+        """Held by the one for whom the arena grows."""
         self._stopped = False
         self._broken = ""
         """What check_integrity found: nothing more is accepted."""
@@ -67,7 +69,7 @@ class Engine:
         return future.result()
 
     def join(self, llm: ServedLlm, num_pages: int, weight: float) -> None:
-        """The LLM takes part from now on; the arena grows by so many pages for it.
+        """The LLM takes part from now on; the arena grows by so many pages for it. The others go on meanwhile.
 
         Raises ResourceExhausted if the device lacks the memory; nothing has changed then.
         """
@@ -80,7 +82,9 @@ class Engine:
             self._llms[llm.name] = llm
             self._tell_shares()
 
-        self.call(act)
+        with self._joining:
+            self.arena.prepare(self.arena.num_pages + num_pages)
+            self.call(act)
 
     def leave(self, llm: ServedLlm) -> None:
         """Fails what it still has; its pages are the others' from now on."""

@@ -35,6 +35,7 @@ def make_runner(folder: Path, native: bool, dtype: torch.dtype = torch.float32, 
     runner = CpuRunner(read_architecture(folder), Checkpoint(folder), settings)
     assert runner.is_native == native, "another path than the one to be tested"
     arena = reserve_host_arena(8 * PAGE_BYTES, PAGE_BYTES)
+    arena.prepare(8)
     arena.grow(8)
     arena.memory.fill_(0xFF)  # not-a-number wherever nothing was written
     runner.attach_arena(arena)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,35 @@ def test_a_model_under_its_share_takes_pages_that_are_in_use(folders: dict[str, 
         assert llama.result(request_id).token_ids == expected("llama", prompt)
     assert taken > NUM_PAGES_EACH, "there was nothing to take"
     for serving in (llama, qwen):
+        serving.close()
+
+
+def test_others_generate_while_a_model_gets_its_memory(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filling a GiB for the first time takes seconds: the engine's thread doesn't wait for it."""
+    llama = serve(folders["llama"], "llama")
+    arena = llama.instance.engine.arena
+    filling, filled = threading.Event(), threading.Event()
+    prepare = arena.prepare
+
+    def prepare_slowly(num_pages: int) -> None:
+        filling.set()
+        assert filled.wait(60), "nobody generated meanwhile"
+        prepare(num_pages)
+
+    monkeypatch.setattr(arena, "prepare", prepare_slowly)
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(serve, folders["qwen3"], "qwen3")
+        assert filling.wait(60)
+        (request_id, prompt), *_ = load(llama, 5, 1)
+        assert llama.result(request_id).token_ids == expected("llama", prompt)
+        assert not loading.done()
+        filled.set()
+        qwen = loading.result()
+    assert arena.num_pages == 2 * NUM_PAGES_EACH
+    for serving in (llama, qwen):
+        serving.check()
         serving.close()
 
 
