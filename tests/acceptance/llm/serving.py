@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,23 @@ class Serving:
 
     def generate_all(self, prompts: Iterable[Any], sampling: SamplingParameters = GREEDY) -> list[Result]:
         """All at once."""
-        return [self.result(request_id) for request_id in [self.submit(prompt, sampling) for prompt in prompts]]
+        with self.held():
+            request_ids = [self.submit(prompt, sampling) for prompt in prompts]
+        return [self.result(request_id) for request_id in request_ids]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The engine waits: what is submitted meanwhile arrives at the same moment, however busy the machine is."""
+        go_on = threading.Event()
+
+        def wait() -> None:
+            go_on.wait(TIMEOUT_S)
+
+        self.instance.engine._inbox.put(wait)
+        try:
+            yield
+        finally:
+            go_on.set()
 
     def check(self) -> None:
         """Nothing is held any more, and the books are right."""

@@ -59,7 +59,8 @@ def load(serving: Serving, seed: int, count: int) -> list[tuple[str, list[int]]]
     """Different prompts of 150 to 200 tokens."""
     source = random.Random(seed)
     prompts = [[source.randrange(VOCAB) for _ in range(source.randint(150, 200))] for _ in range(count)]
-    return [(serving.submit(prompt, SAMPLING), prompt) for prompt in prompts]
+    with serving.held():
+        return [(serving.submit(prompt, SAMPLING), prompt) for prompt in prompts]
 
 
 def test_pages_move_with_the_load_and_no_token_is_wrong(folders: dict[str, Path]) -> None:
