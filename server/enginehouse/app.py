@@ -21,7 +21,12 @@ from enginehouse.errors import EnginehouseError
 from enginehouse.execution.backends import installed_backends
 from enginehouse.execution.hosts import ModelHosts, host_options
 from enginehouse.frontends.serving import FrontEnd, front_ends
-from enginehouse.observe.hosting_families import build_family, memory_families, version_families
+from enginehouse.observe.hosting_families import (
+    build_family,
+    memory_families,
+    shared_process_families,
+    version_families,
+)
 from enginehouse.observe.logs import LogSettings, ServerLogging, escaping_wanted, unescaped
 from enginehouse.observe.metrics import CacheReading, Metrics
 from enginehouse.observe.metrics_settings import MetricsSettings
@@ -30,7 +35,7 @@ from enginehouse.observe.tracing import TraceSettings
 from enginehouse.options import ModelControlMode, RateLimitMode, ServerOptions
 from enginehouse.repository.agents import Agents
 from enginehouse.repository.lifecycle import Lifecycle
-from enginehouse.repository.readings import version_readings
+from enginehouse.repository.readings import shared_process_readings, version_readings
 from enginehouse.repository.registry import Registry, ServedVersion
 from enginehouse.repository.serving import Serving
 from enginehouse.repository.source import Repositories
@@ -100,6 +105,7 @@ class Server:
         self.core.source = self.source
         self.metrics.add_provider(lambda: memory_families(self.hosts.ledger.budgets()))
         self.metrics.add_provider(lambda: version_families(version_readings(self.registry)))
+        self.metrics.add_provider(lambda: shared_process_families(shared_process_readings(self.hosts)))
         self.metrics.add_provider(lambda: [build_family(__version__)])
         self._front_ends: Sequence[FrontEnd] = ()
         self._watchers: list[asyncio.Task[None]] = []
@@ -157,12 +163,14 @@ class Server:
         end_s = loop.time() + self.options.exit_timeout_secs
         await self._finish_inferences(end_s)
         await asyncio.gather(*(front_end.stop(end_s - loop.time()) for front_end in self._front_ends))
+        close_hosts = self.hosts.close
         try:
             await asyncio.wait_for(self._take_down(end_s), end_s - loop.time())
         except TimeoutError:
             logger.error("Exit timeout expired. Exiting immediately.")
+            close_hosts = partial(self.hosts.end, "was stopped with the server")
         try:
-            await asyncio.wait_for(self.hosts.close(), HOSTS_GRACE_S)
+            await asyncio.wait_for(close_hosts(), HOSTS_GRACE_S)
         except TimeoutError:
             logger.error("A model's process doesn't end: it is killed with the server.")
         if self.cache is not None:

@@ -125,6 +125,10 @@ class Instance(ABC):
 class TensorInstance(Instance):
     """Runs whole batches: the host joins requests along the batch axis before and splits after."""
 
+    kept_outputs: frozenset[str] = frozenset()
+    """Set by the host before each `run`: outputs whose reader is on the same device. They may be left there, as
+    DeviceData that stays valid after later runs; all others are wanted in host memory."""
+
     @abstractmethod
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> Mapping[str, Tensor]:
         """The named outputs (all if `outputs` is empty). May block; must not keep views of `inputs`."""

@@ -308,6 +308,9 @@ class ServerOptions:
         "Where instances of a backend live: <backend>=thread|process|device.",
     )
     host_start_timeout_secs: float = _hosts(300.0, number, "Seconds for a host process to start and load.")
+    host_unload_timeout_secs: float = _hosts(
+        60.0, number, "Seconds without an answer after which a model that is to go is ended."
+    )
     host_heartbeat_timeout_secs: float = _hosts(30.0, number, "Seconds of silence before a host counts as stuck.")
     host_restart_limit: int = _hosts(5, count, "Restarts of a host within the window before it is given up.")
     host_restart_window_secs: float = _hosts(300.0, number, "The window of --host-restart-limit.")

@@ -148,6 +148,37 @@ class DeviceData:
     def to_host(self) -> memoryview:
         raise NotImplementedError
 
+    def joined(self, parts: Sequence[memoryview | DeviceData]) -> DeviceData | None:
+        """The parts (the first is this one) one after the other on this device; None if it can't do that, and
+        they are joined in host memory."""
+        return None
+
+    def part(self, offset: int, nbytes: int) -> DeviceData:
+        """A range of it, as a view."""
+        return self if nbytes == self.nbytes else DevicePart(self, offset, nbytes)
+
+
+class DevicePart(DeviceData):
+    """A range of other device memory; it has a `pointer` where the whole has one."""
+
+    def __init__(self, whole: DeviceData, offset: int, nbytes: int) -> None:
+        self.whole = whole
+        self.offset = offset
+        self.nbytes = nbytes
+        self.device = whole.device
+        pointer = getattr(whole, "pointer", None)
+        if pointer is not None:
+            self.pointer = pointer + offset
+
+    def to_host(self) -> memoryview:
+        return self.whole.to_host()[self.offset : self.offset + self.nbytes]
+
+    def joined(self, parts: Sequence[memoryview | DeviceData]) -> DeviceData | None:
+        return self.whole.joined(parts)
+
+    def part(self, offset: int, nbytes: int) -> DeviceData:
+        return self.whole.part(self.offset + offset, nbytes)
+
 
 _LENGTH = struct.Struct("<I")
 
@@ -275,6 +306,8 @@ class InferRequest:
     num_taken: int = 0
     on_taken: Callable[[InferRequest], None] | None = None
     """Set by the stage that makes the answers."""
+    kept_outputs: frozenset[str] = frozenset()
+    """Outputs that may stay in the process of the model, because whoever reads them lives there too."""
 
     def took_answer(self) -> None:
         """One more answer is dealt with. Nothing happens where nobody limits how far the model may be ahead."""

@@ -62,6 +62,14 @@ async def test_models_on_a_gpu_share_its_process() -> None:
         assert [instance.device for instance in b.model.instances] == ["simulated:0"] * 2
 
 
+async def test_models_that_are_loaded_at_once_start_one_process() -> None:
+    async with machine() as gpus:
+        in_one = "serving { host: HOST_DEVICE } instance_group { kind: KIND_CPU }"
+        loaded = await asyncio.gather(*(gpus.load(name, in_one) for name in "abcd"))
+        assert len({await each.pid() for each in loaded}) == 1
+        assert len(psutil.Process().children()) == 2  # and the nursery
+
+
 async def test_a_model_on_two_gpus_has_an_instance_in_each_process() -> None:
     async with machine() as gpus:
         both = await gpus.load("both", on(0, 1))

@@ -115,7 +115,7 @@ def test_output_of_one_model_is_read_on_the_device_by_the_next() -> None:
     second = instance_of(OnnxRuntimeBackend(), EXAMPLES / "pooling", config_text("pooling"), GPU)
     inputs = token_inputs([12, 5])
     apart = second.run({**first.run(inputs, []), "attention_mask": inputs["attention_mask"]}, [])["embedding"].numpy()
-    first.keeps_outputs_on_device = True  # type: ignore[attr-defined]
+    first.kept_outputs = frozenset(["last_hidden_state"])
     hidden = first.run(inputs, [])["last_hidden_state"]
     assert isinstance(hidden.data, DeviceData)
     assert hidden.data.device == GPU
@@ -127,7 +127,7 @@ def test_torch_reads_and_leaves_tensors_on_the_device(tmp_path: Path) -> None:
     torch_models.save_script(tmp_path / "1" / "model.pt", torch_models.Identity())
     text = entry("input", "INPUT") + entry("output", "OUTPUT")
     instance = instance_of(PyTorchBackend(), tmp_path, text, GPU)
-    instance.keeps_outputs_on_device = True  # type: ignore[attr-defined]
+    instance.kept_outputs = frozenset(["OUTPUT"])
     first = instance.run(tensors(INPUT=floats(1, 2, 3, 4)), [])["OUTPUT"]
     assert isinstance(first.data, DeviceData)
     again = instance.run({"INPUT": Tensor("INPUT", first.datatype, first.shape, first.data)}, [])["OUTPUT"]

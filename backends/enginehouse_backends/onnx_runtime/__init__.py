@@ -267,15 +267,12 @@ class OnnxInstance(TensorInstance):
 class BoundOnnxInstance(OnnxInstance):
     """By I/O binding: for GPUs, where inputs may already be, and for BF16, which has no numpy type."""
 
-    keeps_outputs_on_device = False
-    """True where the next reader is on the same device: outputs are then handed on without a copy."""
-
     def _compute(self, inputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
         binding = self._session.io_binding()
         kind, _, index = self.device.partition(":")
         held = [bind_input(binding, tensor) for tensor in inputs.values()]
         for name in names:
-            if self.keeps_outputs_on_device and self._datatype_by_output[name] not in UNKEPT:
+            if name in self.kept_outputs and self._datatype_by_output[name] not in UNKEPT:
                 binding.bind_output(name, kind, int(index or 0))
             else:
                 binding.bind_output(name, "cpu")

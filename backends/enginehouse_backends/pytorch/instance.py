@@ -12,7 +12,7 @@ import torch
 
 from enginehouse.backend import LoadContext, TensorInstance
 from enginehouse.errors import EnginehouseError, Internal, InvalidArgument
-from enginehouse.types import DataType, DeviceData, Tensor, TensorSpec
+from enginehouse.types import DataType, DeviceData, DevicePart, Tensor, TensorSpec
 from enginehouse_backends.parameters import Parameters, default_threads
 from enginehouse_backends.pytorch.naming import OutputPicker, bind_inputs
 from enginehouse_backends.pytorch.programs import DATATYPE_BY_TORCH, Program, first_line
@@ -24,9 +24,6 @@ GUARD_PREFIXES = ("Guard failed", "Expected input at")
 
 
 class TorchInstance(TensorInstance):
-    keeps_outputs_on_device = False
-    """True where the next reader is on the same device: outputs are then handed on without a copy."""
-
     def __init__(self, context: LoadContext, program: Program, device: str) -> None:
         config = context.config
         self.device = device
@@ -127,8 +124,10 @@ class TorchInstance(TensorInstance):
 
     def _to_tensors(self, leaves: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Tensor]:
         borrowed = {value.untyped_storage().data_ptr() for value in values.values() if torch.is_tensor(value)}
-        if not self.keeps_outputs_on_device:
-            leaves = {name: to_host(leaf, borrowed) for name, leaf in leaves.items()}
+        leaves = {
+            name: own_on_device(leaf, borrowed) if name in self.kept_outputs else to_host(leaf, borrowed)
+            for name, leaf in leaves.items()
+        }
         if self._stream is not None:
             self._stream.synchronize()
         return {name: self._tensor(name, leaf) for name, leaf in leaves.items()}
@@ -177,9 +176,17 @@ def to_host(leaf: Any, borrowed: set[int]) -> Any:
     return host.clone() if host.untyped_storage().data_ptr() in borrowed else host
 
 
+def own_on_device(leaf: Any, borrowed: set[int]) -> Any:
+    """Where it is, and not the memory of an input."""
+    if not torch.is_tensor(leaf):
+        return leaf
+    kept = leaf.detach().contiguous()
+    return kept.clone() if kept.untyped_storage().data_ptr() in borrowed else kept
+
+
 def tensor_of(name: str, leaf: Any, datatype: DataType) -> Tensor:
     if leaf.device.type != "cpu":
-        return Tensor(name, datatype, tuple(leaf.shape), TorchDeviceData(leaf.detach().contiguous()))
+        return Tensor(name, datatype, tuple(leaf.shape), TorchDeviceData(leaf))
     host = leaf.view(torch.uint16) if datatype is DataType.BF16 else leaf
     return Tensor.from_numpy(name, host.numpy(), datatype)
 
@@ -194,8 +201,29 @@ class TorchDeviceData(DeviceData):
         self.pointer = tensor.data_ptr()
 
     def to_host(self) -> memoryview:
-        flat = self.tensor.reshape(-1).view(torch.uint8).cpu()
-        return memoryview(flat.numpy().data)
+        return memoryview(self.flat_bytes().cpu().numpy().data)
+
+    def flat_bytes(self) -> Any:
+        return self.tensor.reshape(-1).view(torch.uint8)
+
+    def joined(self, parts: Sequence[memoryview | DeviceData]) -> DeviceData | None:
+        pieces = [bytes_on_device(part, self.device) for part in parts]
+        if any(piece is None for piece in pieces):
+            return None
+        whole = torch.cat(pieces)
+        if self.tensor.is_cuda:
+            torch.cuda.current_stream(self.tensor.device).synchronize()  # other streams read it next
+        return TorchDeviceData(whole)
+
+
+def bytes_on_device(data: memoryview | DeviceData, device: str) -> Any:
+    """The bytes of another model's output on this device, or of a range of one; None if they are elsewhere."""
+    if isinstance(data, TorchDeviceData):
+        return data.flat_bytes() if data.device == device else None
+    if isinstance(data, DevicePart):
+        whole = bytes_on_device(data.whole, device)
+        return None if whole is None else whole[data.offset : data.offset + data.nbytes]
+    return None
 
 
 class CudaArray:

@@ -11,10 +11,10 @@ import numpy as np
 from enginehouse.backend import TensorInstance
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import Internal, InvalidArgument
-from enginehouse.types import Array, Tensor, TensorSpec
+from enginehouse.types import Array, DeviceData, Tensor, TensorSpec
 from enginehouse_backends.signature import InputChecker
 from enginehouse_backends.tensorrt_engine.engine import Engine, PlanTensor
-from enginehouse_backends.tensorrt_engine.memory import Memory, address_on
+from enginehouse_backends.tensorrt_engine.memory import Memory, address_on, here_or_host
 from enginehouse_backends.tensorrt_engine.profiles import (
     GraphShape,
     Shape,
@@ -133,7 +133,7 @@ class TensorRTInstance(TensorInstance):
         address = address_on(self._memory.device, tensor.data)
         if address is not None:
             return address
-        data = tensor.host_data()
+        data = here_or_host(self._memory.device, tensor.data)
         buffer = self._buffer(tensor.name, data.nbytes)
         self._memory.upload(tensor.name, buffer, data)
         return int(buffer.data_ptr())
@@ -170,13 +170,19 @@ class TensorRTInstance(TensorInstance):
     def _fetched(
         self, tensors: Sequence[PlanTensor], results: Mapping[str, tuple[Any, Shape]], rows: Shape | None
     ) -> dict[str, Tensor]:
-        """In host memory. `rows`: how many of a larger captured batch are real."""
+        """In host memory, or kept in a copy of its own on the device: the buffers are the next batch's, too. `rows`:
+        how many of a larger captured batch are real."""
         fetched: dict[str, Tensor] = {}
         for tensor in tensors:
             buffer, shape = results[tensor.name]
             shape = (*rows, *shape[1:]) if rows is not None else shape
             num_bytes = tensor.num_bytes(shape)
-            data = buffer.data if isinstance(buffer, HostBytes) else self._memory.download(buffer, num_bytes)
+            if isinstance(buffer, HostBytes):
+                data: memoryview | DeviceData = buffer.data
+            elif tensor.name in self.kept_outputs:
+                data = self._memory.keep(buffer, num_bytes)
+            else:
+                data = self._memory.download(buffer, num_bytes)
             fetched[tensor.name] = Tensor(tensor.name, tensor.datatype, shape, data)
         self._memory.synchronize()
         return fetched
@@ -218,7 +224,7 @@ class TensorRTInstance(TensorInstance):
     def _replay(self, index: int, inputs: Mapping[str, Tensor]) -> dict[str, tuple[Any, Shape]]:
         graph = self._graphs[index]
         for name, buffer in graph.inputs.items():
-            self._memory.upload(name, buffer, inputs[name].host_data())
+            self._memory.upload(name, buffer, here_or_host(self._memory.device, inputs[name].data))
         graph.replay()
         return {name: (buffer, graph.output_shapes[name]) for name, buffer in graph.outputs.items()}
 

@@ -23,7 +23,14 @@ class Memory(Protocol):
         """Bytes on the device, with `data_ptr()`. At least one, so that there is an address."""
         ...
 
-    def upload(self, name: str, target: Any, source: memoryview) -> None: ...
+    def upload(self, name: str, target: Any, source: memoryview | DeviceData) -> None:
+        """The source may be on this device already."""
+        ...
+
+    def keep(self, source: Any, num_bytes: int) -> DeviceData:
+        """A copy on the device that outlives the next batch. May be read after `synchronize`."""
+        ...
+
     def download(self, source: Any, num_bytes: int) -> memoryview:
         """May be read after `synchronize`."""
         ...
@@ -58,8 +65,11 @@ class CudaMemory:
     def allocate(self, num_bytes: int) -> Any:
         return torch.empty(max(num_bytes, 1), dtype=torch.uint8, device=self.device)
 
-    def upload(self, name: str, target: Any, source: memoryview) -> None:
+    def upload(self, name: str, target: Any, source: memoryview | DeviceData) -> None:
         if not source.nbytes:
+            return
+        if isinstance(source, DeviceData):
+            target[: source.nbytes].copy_(torch.as_tensor(DeviceBytes(source), device=self.device), non_blocking=True)
             return
         data = torch.frombuffer(bytearray(source) if source.readonly else source, dtype=torch.uint8)
         if self._pins_inputs:
@@ -81,6 +91,9 @@ class CudaMemory:
             target.copy_(source[:num_bytes], non_blocking=True)
         return memoryview(target.numpy().data)
 
+    def keep(self, source: Any, num_bytes: int) -> DeviceData:
+        return KeptBytes(source[:num_bytes].clone(), self.device)
+
     def synchronize(self) -> None:
         self._done.record(self._copy_stream)
         self._done.synchronize()
@@ -90,6 +103,39 @@ class CudaMemory:
         with torch.cuda.graph(graph, stream=self._stream):
             work()
         return graph.replay
+
+
+class KeptBytes(DeviceData):
+    """An output that stayed on the device."""
+
+    def __init__(self, data: Any, device: str) -> None:
+        self.data = data
+        self.nbytes = len(data)
+        self.device = device
+        self.pointer = data.data_ptr()
+
+    def to_host(self) -> memoryview:
+        return memoryview(self.data.cpu().numpy().data)
+
+
+class DeviceBytes:
+    """Another model's memory on the device, as bytes for torch to view."""
+
+    def __init__(self, data: DeviceData) -> None:
+        self.data = data
+        self.__cuda_array_interface__ = {
+            "data": (data.pointer, False),  # type: ignore[attr-defined]  # checked by `here_or_host`
+            "shape": (data.nbytes,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+def here_or_host(device: str, data: memoryview | DeviceData) -> memoryview | DeviceData:
+    """The data itself if it can be read on that device, else its bytes in host memory."""
+    if isinstance(data, memoryview):
+        return data
+    return data if data.device == device and hasattr(data, "pointer") else data.to_host()
 
 
 def address_on(device: str, data: memoryview | DeviceData) -> int | None:

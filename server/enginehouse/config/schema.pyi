@@ -479,7 +479,8 @@ class ModelServing(Message):
         backoff_max_s: float
         hang_timeout_s: float
         start_timeout_s: float
-        def __init__(self, *, max_restarts: int | None = ..., window_s: float | None = ..., backoff_initial_s: float | None = ..., backoff_max_s: float | None = ..., hang_timeout_s: float | None = ..., start_timeout_s: float | None = ...) -> None: ...
+        unload_timeout_s: float
+        def __init__(self, *, max_restarts: int | None = ..., window_s: float | None = ..., backoff_initial_s: float | None = ..., backoff_max_s: float | None = ..., hang_timeout_s: float | None = ..., start_timeout_s: float | None = ..., unload_timeout_s: float | None = ...) -> None: ...
 
     class Llm(Message):
         model: str

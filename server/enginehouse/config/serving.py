@@ -76,7 +76,7 @@ def _check_life(serving: ModelServing) -> Iterator[Problem]:
     if serving.residency == ModelServing.RESIDENCY_PINNED and serving.idle_unload_s:
         yield Problem("a pinned model is never unloaded when idle", "idle_unload_s")
     supervision = serving.supervision
-    for field in ("window_s", "backoff_initial_s", "backoff_max_s", "hang_timeout_s", "start_timeout_s"):
+    for field in supervision.DESCRIPTOR.fields_by_name:
         if getattr(supervision, field) < 0:
             yield Problem("must not be negative", f"supervision.{field}")
 

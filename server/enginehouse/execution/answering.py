@@ -9,21 +9,25 @@ from collections.abc import Callable, Sequence
 from enginehouse.errors import EnginehouseError, FailureReason, Unsupported, error_of
 from enginehouse.execution.contract import Batch, ExecutionTimes
 from enginehouse.execution.joining import Joiner
+from enginehouse.execution.patience import Progress
 from enginehouse.types import InferRequest, InferResponse, Tensor
 
 
 class RunningBatch:
     """A batch from `execute` until its last final response."""
 
-    __slots__ = ("batch", "finals_owed", "instance_busy", "model_name", "model_version", "num_owed", "views")
+    __slots__ = (
+        "batch", "finals_owed", "instance_busy", "model_name", "model_version", "num_owed", "progress", "views",
+    )  # fmt: skip
 
-    def __init__(self, batch: Batch, model_name: str, model_version: str) -> None:
+    def __init__(self, batch: Batch, model_name: str, model_version: str, progress: Progress) -> None:
         self.batch = batch
         self.model_name = model_name
         self.model_version = model_version
         self.finals_owed = [True] * len(batch.requests)
         self.num_owed = len(batch.requests)
         self.instance_busy = True
+        self.progress = progress
         self.views: list[InferRequest] = []
         """In a thread host: the requests as the instance got them."""
 
@@ -44,6 +48,7 @@ class RunningBatch:
         """Passes an answer on. What a model sends after its final one is dropped: the client has gone."""
         if not self.finals_owed[index]:
             return
+        self.progress.count += 1
         if response.final:
             self.finals_owed[index] = False
             self.num_owed -= 1
@@ -121,8 +126,9 @@ class WorkerBatch(RunningBatch):
         slot: int,
         takes_tensors: bool,
         on_finished: Callable[[WorkerBatch], None],
+        progress: Progress,
     ) -> None:
-        super().__init__(batch, model, version)
+        super().__init__(batch, model, version, progress)
         self.batch_id = 0
         self.instance_id = instance_id
         self.slot = slot

@@ -6,7 +6,8 @@ instance lives in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -14,6 +15,9 @@ from typing import Any, Protocol
 from enginehouse.backend import LoadContext, Placement
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError
+from enginehouse.execution.generations import Generations
+from enginehouse.execution.joining import Joiner
+from enginehouse.execution.patience import Progress
 from enginehouse.types import GenerateRequest, InferRequest, InferResponse, MetricFamily, TokenEvent
 
 
@@ -78,6 +82,11 @@ class GenerativeHandle(Protocol):
 
     def submit(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None: ...
     def cancel(self, request_id: str) -> None: ...
+    @property
+    def generations(self) -> Generations:
+        """Those that are under way."""
+        ...
+
     async def metrics(self) -> Sequence[MetricFamily]:
         """The engine's own metrics as they are now; nothing if its host is down."""
         ...
@@ -114,6 +123,15 @@ class HostHealth:
     num_restarts: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What could not be ended of a model that is closed: threads of this process whose calls don't return. They
+    hold its memory, and the ledger shows that, until `gone` is done."""
+
+    text: str
+    gone: asyncio.Future[None]
+
+
 class HostedModel(Protocol):
     """One loaded version. `config` is complete: autofilled and with instance groups made explicit."""
 
@@ -128,6 +146,17 @@ class HostedModel(Protocol):
     def generative(self) -> GenerativeHandle | None: ...
     @property
     def health(self) -> HostHealth: ...
+    @property
+    def joiner(self) -> Joiner: ...
+    @property
+    def shared_processes(self) -> Set[object]:
+        """Processes where a tensor of its instances may stay for other models, and theirs for it."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """Counts the answers of its instances."""
+        ...
 
     async def is_ready(self) -> bool:
         """The host is up and the model's own `is_ready`, where it has one, says so."""
@@ -137,8 +166,13 @@ class HostedModel(Protocol):
         """Changes the instances in place; ones that go finish their batch first."""
         ...
 
-    async def close(self) -> None:
-        """After the last answer. Gives back every byte; the ledger's entries are gone when it returns."""
+    async def close(self) -> Remains | None:
+        """After the last answer. Gives back every byte; the ledger's entries are gone when it returns, or once
+        the remains are gone."""
+        ...
+
+    async def end(self, why: str) -> Remains | None:
+        """As `close`, without waiting for what runs: it fails, and is told `why` ("was unloaded and …")."""
         ...
 
 
@@ -157,6 +191,9 @@ class Hosts(Protocol):
         ...
 
     async def close(self) -> None: ...
+    async def end(self, why: str) -> None:
+        """As `close`, without waiting for what runs."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

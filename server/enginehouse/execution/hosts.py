@@ -17,10 +17,11 @@ from enginehouse.execution.contract import HostedModel, HostHealth, MemoryEntry,
 from enginehouse.execution.devices import CpuRuntime, CudaRuntime, DeviceInfo, DeviceRuntime, SimulatedRuntime
 from enginehouse.execution.host_policy import cores_of_policies
 from enginehouse.execution.hosting_plan import declared_memory, memory_entries, plan_hosting
-from enginehouse.execution.ledger import Ledger
+from enginehouse.execution.ledger import Booking, Ledger
 from enginehouse.execution.mailbox import Mailbox
 from enginehouse.execution.options import HostOptions, host_options
 from enginehouse.execution.placement import Machine, placements, with_explicit_groups
+from enginehouse.execution.process_host import HostProcess
 from enginehouse.execution.process_model import ProcessHostedModel
 from enginehouse.execution.process_pool import ProcessPool
 from enginehouse.execution.running import as_error
@@ -101,13 +102,13 @@ class ModelHosts:
         # what the backend has chosen is what its instances shall take, also after a restart
         if needs.kv_bytes:
             config.serving.memory.kv_bytes = needs.kv_bytes
-        self.ledger.book(memory_entries(context.name, context.version, needs, wanted))
+        booking = self.ledger.book(memory_entries(context.name, context.version, needs, wanted))
         try:
-            hosted = await self._load_into_host(source, backend, context, wanted, on_health)
+            hosted = await self._load_into_host(source, backend, context, wanted, on_health, booking)
         except BaseException:
-            self.ledger.release(context.name, context.version)
+            self.ledger.release(booking)
             raise
-        hosted.on_closed = partial(self._forget, hosted, context.name, context.version)
+        hosted.on_closed = partial(self._forget, hosted, booking)
         self._loaded.append(hosted)
         return hosted
 
@@ -138,11 +139,20 @@ class ModelHosts:
                     free = min(free, known.total_bytes - runtime.used_bytes(device))
         return DeviceRoom(limit, max(free, 0))
 
+    def patience_s(self, config: ModelConfig) -> float:
+        """How long a model that is to go may owe answers and give none."""
+        return SupervisionPolicy.of_config(config, self.options.supervision).unload_timeout_s
+
     async def close(self) -> None:
         for hosted in list(self._loaded):
             await hosted.close()
         if self._pool is not None:
             await self._pool.close()
+
+    async def end(self, why: str) -> None:
+        for hosted in list(self._loaded):
+            await hosted.end(why)
+        await self.close()
 
     async def _load_into_host(
         self,
@@ -151,11 +161,12 @@ class ModelHosts:
         context: LoadContext,
         wanted: Sequence[Placement],
         on_health: Callable[[HostHealth], None],
+        booking: Booking,
     ) -> ThreadHostedModel | ProcessHostedModel:
         plan = plan_hosting(context.config, backend, self.options.default_hosts)
         if plan.key_of is None:
             context = replace(context, services=self._services_for(context))
-            return await load_in_threads(backend, context, wanted, self._results())
+            return await load_in_threads(backend, context, wanted, self._results(), self.patience_s(context.config))
         pool = self._processes()
         launch = await pool.launch_for(context)
         solo = runs_solo(backend, wanted)
@@ -167,17 +178,17 @@ class ModelHosts:
             lambda key: pool.process(context, key, launch, solo),
             on_health,
         )
-        hosted.book_growth = partial(self._book_growth, hosted)
+        hosted.book_growth = partial(self._book_growth, hosted, booking)
         await hosted.start(wanted)
-        self._measure(hosted)
+        self._measure(hosted, booking)
         return hosted
 
-    def _measure(self, hosted: ProcessHostedModel) -> None:
+    def _measure(self, hosted: ProcessHostedModel, booking: Booking) -> None:
         """What a model that claims nothing takes in processes of its own, on the host and on GPUs.
 
         In a process that it shares nobody can tell its bytes from the others': there it must claim them.
         """
-        if any(not entry.measured for entry in self.ledger.entries(hosted.name)):
+        if any(not entry.measured for entry in booking.entries):
             return
         by_device: dict[str, int] = {}
         for device, pids in hosted.pids().items():
@@ -189,7 +200,7 @@ class ModelHosts:
             for device, num_bytes in by_device.items()
             if num_bytes
         ]
-        self.ledger.replace(hosted.name, hosted.version, entries)
+        self.ledger.replace(booking, entries)
 
     def _read_by_process(self, device: str) -> Mapping[int, int]:
         for runtime in self.runtimes:
@@ -197,12 +208,18 @@ class ModelHosts:
                 return runtime.used_bytes_by_process(device)
         return {}
 
-    def _book_growth(self, hosted: ProcessHostedModel, num_bytes: int) -> None:
-        self.ledger.book([MemoryEntry(hosted.name, hosted.version, "cpu", "workspace", num_bytes, measured=True)])
+    def _book_growth(self, hosted: ProcessHostedModel, booking: Booking, num_bytes: int) -> None:
+        entry = MemoryEntry(hosted.name, hosted.version, "cpu", "workspace", num_bytes, measured=True)
+        self.ledger.extend(booking, [entry])
 
-    def _forget(self, hosted: HostedModel, name: str, version: int) -> None:
+    def _forget(self, hosted: HostedModel, booking: Booking) -> None:
         self._loaded.remove(hosted)
-        self.ledger.release(name, version)
+        self.ledger.release(booking)
+
+    @property
+    def shared_processes(self) -> Sequence[HostProcess]:
+        """Those that models share."""
+        return self._pool.shared if self._pool is not None else ()
 
     def _processes(self) -> ProcessPool:
         if self._pool is None:

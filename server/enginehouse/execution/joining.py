@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from enginehouse.errors import Internal
+from enginehouse.execution.held import HeldData
 from enginehouse.types import DataType, DeviceData, InferRequest, Tensor
 
 if TYPE_CHECKING:
@@ -29,19 +30,25 @@ class JoinedTensor:
     name: str
     datatype: DataType
     shape: tuple[int, ...]
-    parts: Sequence[memoryview]
+    parts: Sequence[memoryview | HeldData]
     nbytes: int
+    """Of the parts in host memory."""
+    is_held: bool = False
+    """Whether some part lies in the memory of a worker."""
 
     def write(self, target: memoryview) -> None:
-        """Copies the parts to the start of `target`."""
+        """Copies the parts that are in host memory to the start of `target`."""
         offset = 0
         for part in self.parts:
+            if isinstance(part, HeldData):
+                continue
             end = offset + part.nbytes
             target[offset:end] = part
             offset = end
 
     def gather(self) -> Tensor:
         """In this process: a view where there is one part, else one copy."""
+        assert not self.is_held, "a bug: held tensors are read where they are held"
         if len(self.parts) == 1:
             return Tensor(self.name, self.datatype, self.shape, self.parts[0])
         data = np.empty(self.nbytes, dtype=np.uint8).data
@@ -91,12 +98,14 @@ class Joiner:
     def _along_batch_axis(self, name: str, requests: Sequence[InferRequest]) -> JoinedTensor:
         first = requests[0].inputs[name]
         shape = first.shape
-        if len(requests) == 1:
-            data = first.host_data()
-            return JoinedTensor(name, first.datatype, shape, (data,), data.nbytes)
-        parts = [request.inputs[name].host_data() for request in requests]
-        rows = sum(request.inputs[name].shape[0] for request in requests)
-        return JoinedTensor(name, first.datatype, (rows, *shape[1:]), parts, sum(p.nbytes for p in parts))
+        if len(requests) == 1 and type(first.data) is memoryview:
+            return JoinedTensor(name, first.datatype, shape, (first.data,), first.data.nbytes)
+        parts = [held_or_host(request.inputs[name].data) for request in requests]
+        if len(requests) > 1:
+            shape = (sum(request.inputs[name].shape[0] for request in requests), *shape[1:])
+        in_host = sum([part.nbytes for part in parts if type(part) is memoryview])
+        is_held = any(type(part) is not memoryview for part in parts)
+        return JoinedTensor(name, first.datatype, shape, parts, in_host, is_held)
 
     # --- outputs
 
@@ -146,14 +155,28 @@ def split_rows(output: Tensor, rows: Sequence[int]) -> list[Tensor]:
             f"output '{output.name}' has shape {list(output.shape)}, but the batch has {total} rows and "
             f"the model's config says that the first dimension is the batch"
         )
-    data = output.data.to_host() if isinstance(output.data, DeviceData) else output.data
+    data = held_or_host(output.data)
     elements_per_row = math.prod(output.shape[1:])
-    sizes = element_sizes(output.datatype, data, [count * elements_per_row for count in rows])
+    counts = [count * elements_per_row for count in rows]
+    if isinstance(data, HeldData):
+        assert output.datatype is not DataType.BYTES, "a bug: strings are never held, nobody could cut them"
+        sizes = [count * output.datatype.item_size for count in counts]
+    else:
+        sizes = element_sizes(output.datatype, data, counts)
     bounds = list(accumulate(sizes, initial=0))
     return [
-        Tensor(output.name, output.datatype, (count, *output.shape[1:]), data[start:stop])
+        Tensor(output.name, output.datatype, (count, *output.shape[1:]), range_of(data, start, stop))
         for count, start, stop in zip(rows, bounds, bounds[1:], strict=False)
     ]
+
+
+def held_or_host(data: memoryview | DeviceData) -> memoryview | HeldData:
+    """What a worker holds stays there; other device memory comes to the host."""
+    return data if isinstance(data, memoryview | HeldData) else data.to_host()
+
+
+def range_of(data: memoryview | HeldData, start: int, stop: int) -> memoryview | HeldData:
+    return data[start:stop] if isinstance(data, memoryview) else data.part(start, stop - start)
 
 
 def element_sizes(datatype: DataType, data: memoryview, counts: Sequence[int]) -> list[int]:

@@ -18,16 +18,23 @@ class InsufficientMemory(ResourceExhausted):
         self.missing = missing
 
 
+class Booking:
+    """What one load holds. A model that is loaded anew has two for a while: the old build's and the new one's."""
+
+    def __init__(self, entries: Sequence[MemoryEntry]) -> None:
+        self.entries = list(entries)
+
+
 class Ledger:
     """One per server. Entries are booked before a load begins and measured once it is done."""
 
     def __init__(self, totals: Mapping[str, int], limits: Mapping[str, int] | None = None) -> None:
         self._totals = dict(totals)
         self._limits = {device: (limits or {}).get(device, 0) or total for device, total in totals.items()}
-        self._entries: list[MemoryEntry] = []
+        self._bookings: list[Booking] = []
 
     def booked_bytes(self, device: str) -> int:
-        return sum(entry.num_bytes for entry in self._entries if entry.device == device)
+        return sum(entry.num_bytes for entry in self.entries(device=device))
 
     def limit_bytes(self, device: str) -> int:
         return self._limits.get(device, 0)
@@ -43,26 +50,38 @@ class Ledger:
         missing = {device: count - self.free_bytes(device) for device, count in needed.items()}
         return {device: count for device, count in missing.items() if count > 0 and needed[device] > 0}
 
-    def book(self, wanted: Sequence[MemoryEntry]) -> None:
+    def book(self, wanted: Sequence[MemoryEntry]) -> Booking:
         """Raises InsufficientMemory with the numbers, and books nothing, if it doesn't fit."""
+        self._check_room(wanted)
+        booking = Booking(wanted)
+        self._bookings.append(booking)
+        return booking
+
+    def extend(self, booking: Booking, wanted: Sequence[MemoryEntry]) -> None:
+        """As `book`, for a load that needs more than it has booked."""
+        self._check_room(wanted)
+        booking.entries.extend(wanted)
+
+    def replace(self, booking: Booking, entries: Sequence[MemoryEntry]) -> None:
+        """What was measured takes the place of what was claimed; it is never refused."""
+        booking.entries = list(entries)
+
+    def release(self, booking: Booking) -> None:
+        if booking in self._bookings:
+            self._bookings.remove(booking)
+
+    def _check_room(self, wanted: Sequence[MemoryEntry]) -> None:
         missing = self.missing_bytes(wanted)
         for device in missing:
             raise InsufficientMemory(self._refusal(device, wanted), missing)
-        self._entries.extend(wanted)
-
-    def replace(self, model: str, version: int, entries: Sequence[MemoryEntry]) -> None:
-        """What was measured takes the place of what was claimed; it is never refused."""
-        self.release(model, version)
-        self._entries.extend(entries)
-
-    def release(self, model: str, version: int) -> int:
-        """Forgets the version's entries; the bytes that were booked."""
-        gone = sum(e.num_bytes for e in self._entries if (e.model, e.version) == (model, version))
-        self._entries = [e for e in self._entries if (e.model, e.version) != (model, version)]
-        return gone
 
     def entries(self, model: str = "", device: str = "") -> list[MemoryEntry]:
-        return [e for e in self._entries if model in ("", e.model) and device in ("", e.device)]
+        return [
+            entry
+            for booking in self._bookings
+            for entry in booking.entries
+            if model in ("", entry.model) and device in ("", entry.device)
+        ]
 
     def budgets(self) -> list[DeviceBudget]:
         return [
@@ -74,9 +93,8 @@ class Ledger:
         model = wanted[0].model
         needed = sum(entry.num_bytes for entry in wanted if entry.device == device)
         booked: dict[str, int] = {}
-        for entry in self._entries:
-            if entry.device == device:
-                booked[entry.model] = booked.get(entry.model, 0) + entry.num_bytes
+        for entry in self.entries(device=device):
+            booked[entry.model] = booked.get(entry.model, 0) + entry.num_bytes
         holders = ", ".join(f"{name} {gib(count)}" for name, count in sorted(booked.items(), key=lambda x: -x[1])[:5])
         return (
             f"model '{model}' needs {gib(needed)} on {device}, {gib(max(self.free_bytes(device), 0))} of "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -24,12 +24,20 @@ PROGRESS = struct.Struct("<qq")
 """The id of the batch that the instance runs (0 when idle) and since when, CLOCK_MONOTONIC ns."""
 
 
+Piece: TypeAlias = tuple[int, int, int]
+"""The number of a tensor that the worker holds (or IN_BLOCK), offset, bytes."""
+IN_BLOCK = 0
+
+
 class TensorRef(msgspec.Struct, array_like=True):
+    """`pieces`, where there are any, tell where the bytes are instead of `offset` and `nbytes`."""
+
     name: str
     datatype: int
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    pieces: tuple[Piece, ...] = ()
 
 
 class ErrorRef(msgspec.Struct, array_like=True):
@@ -155,6 +163,8 @@ class Execute(msgspec.Struct, array_like=True, tag=9):
     outputs: list[str]
     requests: list[RequestRef]
     freed: list[int]
+    kept: list[str] = []
+    """Outputs that the worker holds instead of sending them."""
 
 
 class Cancel(msgspec.Struct, array_like=True, tag=10):
@@ -207,6 +217,19 @@ class Taken(msgspec.Struct, array_like=True, tag=18):
     index: int
     num_taken: int
     freed: list[int]
+
+
+class Drop(msgspec.Struct, array_like=True, tag=19):
+    """Held tensors that nobody needs any more."""
+
+    numbers: list[int]
+
+
+class Fetch(msgspec.Struct, array_like=True, tag=20):
+    """Answered with the block that a copy of the piece is in."""
+
+    call_id: int
+    piece: Piece
 
 
 class EngineMetrics(msgspec.Struct, array_like=True, tag=16):
@@ -296,7 +319,7 @@ class Refused(msgspec.Struct, array_like=True, tag=38):
 
 ToWorker = (
     Segment | NoSegment | CompleteConfig | Load | Create | Close | Unload | Probe | Execute | Cancel | Freed
-    | Answer | InferAnswer | Generate | CancelGenerate | EngineMetrics | Trim | Taken
+    | Answer | InferAnswer | Generate | CancelGenerate | EngineMetrics | Trim | Taken | Drop | Fetch
 )  # fmt: skip
 ToServer = Reply | Done | Respond | NeedSegment | Service | Infer | CancelInfer | Events | Refused | Freed
 

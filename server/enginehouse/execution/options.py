@@ -52,6 +52,7 @@ def host_options(options: ServerOptions) -> HostOptions:
             window_s=options.host_restart_window_secs,
             stopped_timeout_s=options.host_heartbeat_timeout_secs,
             start_timeout_s=options.host_start_timeout_secs,
+            unload_timeout_s=options.host_unload_timeout_secs,
         ),
         host_policies=settings_by_scope(options.host_policy),
         min_compute_capability=options.min_supported_compute_capability,

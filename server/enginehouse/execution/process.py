@@ -16,8 +16,9 @@ from enginehouse.execution import messages as m
 from enginehouse.execution.answering import WorkerBatch
 from enginehouse.execution.channel import Channel
 from enginehouse.execution.contract import ExecutionTimes
+from enginehouse.execution.held import HeldTensors, kept_outputs, output_of, pieces_of
 from enginehouse.execution.joining import JoinedTensor
-from enginehouse.execution.refs import request_ref, response_of, tensor_of, tensors_bytes, write_tensors
+from enginehouse.execution.refs import request_ref, response_of, tensors_bytes, write_tensors
 from enginehouse.execution.slab import (
     MIN_SEGMENT_BYTES,
     NO_BLOCK,
@@ -41,6 +42,10 @@ Refuse = Callable[[EnginehouseError], None]
 
 OnService: TypeAlias = "Callable[[WorkerProcess, Any], None]"
 OnEnd: TypeAlias = "Callable[[WorkerProcess, str], None]"
+
+
+class NoAnswer(Unavailable):
+    """To a call: the worker ended, or took too long."""
 
 
 class WorkerProcess:
@@ -69,6 +74,7 @@ class WorkerProcess:
         self.engine_events: dict[int, Callable[[list[Any]], None]] = {}
         self.outgoing = WriterSlab()
         self.incoming = ReaderSlab()
+        self.held = HeldTensors(self)
         self._growing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting_for_room: list[tuple[int, Act, Refuse]] = []
@@ -79,6 +85,7 @@ class WorkerProcess:
         self.alive = True
         self.busy_at_end: set[int] = set()
         """Instances that ran something when the process ended."""
+        self.ended_for_a_tenant = False
         self._num_slots_taken = 0
         self.ended: asyncio.Future[str] = self._loop.create_future()
         self.child, sock = spawner.spawn(launch, arguments)
@@ -92,18 +99,18 @@ class WorkerProcess:
     # --- calls
 
     async def call(self, make: Callable[[int], Any], timeout_s: float | None = None) -> Any:
-        """Sends `make(call_id)`; its reply's value. Raises the reply's error, or Unavailable if the worker
-        ends before or takes too long."""
+        """Sends `make(call_id)`; its reply's value. Raises the reply's error, or NoAnswer if the worker ends
+        before or takes too long."""
         call_id = self.new_id()
         reply: asyncio.Future[Any] = self._loop.create_future()
         if not self.alive:
-            raise Unavailable(f"{self.what} is not running")
+            raise NoAnswer(f"{self.what} is not running")
         self._calls[call_id] = reply
         self.channel.send(make(call_id))
         try:
             return await asyncio.wait_for(reply, timeout_s)
         except TimeoutError:
-            raise Unavailable(f"{self.what} did not answer within {timeout_s:g} s") from None
+            raise NoAnswer(f"{self.what} did not answer within {timeout_s:g} s") from None
         finally:
             self._calls.pop(call_id, None)
 
@@ -146,13 +153,27 @@ class WorkerProcess:
         if running.takes_tensors:
             requests, joiner = running.batch.requests, running.joiner
             joined, outputs = joiner.join(requests), joiner.requested_outputs(requests)
-            nbytes = sum([aligned(tensor.nbytes) for tensor in joined])
-            self.with_block(
-                nbytes, partial(self._send_tensors, running, joined, outputs), partial(self._refuse, running)
-            )
+            if any(tensor.is_held and self.held.lacks(tensor) for tensor in joined):
+                self._start(self._execute_fetched(running, joined, outputs))
+            else:
+                self._execute_joined(running, joined, outputs)
         else:
             nbytes = sum([tensors_bytes(request.inputs.values()) for request in running.batch.requests])
             self.with_block(nbytes, partial(self._send_requests, running), partial(self._refuse, running))
+
+    async def _execute_fetched(self, running: WorkerBatch, joined: list[JoinedTensor], outputs: list[str]) -> None:
+        """Inputs that another process holds are copied from there first."""
+        try:
+            joined = [await self.held.brought_here(tensor) for tensor in joined]
+        except EnginehouseError as problem:
+            self._refuse(running, problem)
+            return
+        if running.batch_id in self.batches:
+            self._execute_joined(running, joined, outputs)
+
+    def _execute_joined(self, running: WorkerBatch, joined: list[JoinedTensor], outputs: list[str]) -> None:
+        nbytes = sum([aligned(tensor.nbytes) for tensor in joined])
+        self.with_block(nbytes, partial(self._send_tensors, running, joined, outputs), partial(self._refuse, running))
 
     def _refuse(self, running: WorkerBatch, error: EnginehouseError) -> None:
         self.batches.pop(running.batch_id, None)
@@ -169,11 +190,12 @@ class WorkerProcess:
         refs, offset = [], 0
         for tensor in joined:
             tensor.write(memory[offset : offset + tensor.nbytes])
-            refs.append(m.TensorRef(tensor.name, tensor.datatype.proto, tensor.shape, offset, tensor.nbytes))
+            pieces = pieces_of(tensor.parts, offset) if tensor.is_held else ()
+            refs.append(m.TensorRef(tensor.name, tensor.datatype.proto, tensor.shape, offset, tensor.nbytes, pieces))
             offset += aligned(tensor.nbytes)
-        freed = self.incoming.take_released()
+        freed, kept = self.incoming.take_released(), kept_outputs(running.batch.requests)
         self.channel.send(
-            m.Execute(running.batch_id, running.instance_id, block, memory.nbytes, refs, outputs, [], freed)
+            m.Execute(running.batch_id, running.instance_id, block, memory.nbytes, refs, outputs, [], freed, kept)
         )
 
     def _send_requests(self, running: WorkerBatch, block: int, memory: memoryview) -> None:
@@ -304,6 +326,9 @@ class WorkerProcess:
 
     def _on_done(self, done: m.Done) -> None:
         running = self.batches.get(done.batch_id)
+        device = running.batch.instance.device if running is not None and running.batch.instance is not None else "cpu"
+        # taken in any case: what nobody wants is dropped with the last look at it
+        held = {ref.name: self.held.take(ref.pieces[0], device) for ref in done.joined if ref.pieces}
         if running is None:
             return
         error = done.error.error() if done.error else None
@@ -312,7 +337,7 @@ class WorkerProcess:
         try:
             memory = self.incoming.open(done.block, done.block_nbytes)
             if running.takes_tensors and error is None:
-                outputs = {ref.name: tensor_of(ref, memory) for ref in done.joined}
+                outputs = {ref.name: output_of(ref, memory, held) for ref in done.joined}
                 for index, answer in enumerate(running.joiner.split(running.batch.requests, outputs)):
                     running.respond(index, running.response(index, answer))
             for ref in done.responses:
@@ -348,6 +373,11 @@ class WorkerProcess:
             self._kill_reason = self._kill_reason or reason
             self.child.kill()
 
+    def end_for_a_tenant(self, reason: str) -> None:
+        """As `kill`, because of a tenant that leaves and is stuck: those that stay are not to blame."""
+        self.ended_for_a_tenant = True
+        self.kill(reason)
+
     def _on_channel_end(self, reason: str) -> None:
         # A worker that leaves in order closes its channel and ends; one that only closed it is of no use.
         if self.alive:
@@ -368,7 +398,7 @@ class WorkerProcess:
     def _fail_everything(self, reason: str) -> None:
         for reply in self._calls.values():
             if not reply.done():
-                reply.set_exception(Unavailable(reason))
+                reply.set_exception(NoAnswer(reason))
         waiting, self._waiting_for_room = self._waiting_for_room, []
         for _, _, refuse in waiting:
             refuse(Unavailable(reason, reason=FailureReason.BACKEND))

@@ -7,6 +7,7 @@ models that were running are counted as crashed; it is started again after a bac
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from enginehouse.errors import EnginehouseError, Unavailable
 from enginehouse.execution import messages as m
-from enginehouse.execution.process import WorkerProcess
+from enginehouse.execution.process import NoAnswer, WorkerProcess
 from enginehouse.execution.process_instances import ProcessInstance
 from enginehouse.execution.process_services import ServiceDesk
 from enginehouse.execution.spawning import Launch, Spawner
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 STOP_GRACE_S = 2.0
 UNLOAD_TIMEOUT_S = 30.0
 """For a model's own last words."""
+STUCK_WHILE_LEAVING = "was to go and answered nothing for too long"
+
+logger = logging.getLogger("enginehouse.execution")
 
 
 @dataclass(eq=False)
@@ -57,6 +61,7 @@ class HostProcess:
         """What instances are told where the process sees one GPU alone; "" for their placement's device."""
         self._closing_calls: list[Callable[[HostProcess], None]] = []
         self._num_loading = 0
+        self._starting = asyncio.Lock()
 
     def when_closing(self, call: Callable[[HostProcess], None]) -> None:
         """Called once it takes no more tenants."""
@@ -121,31 +126,36 @@ class HostProcess:
 
     async def remove_instance(self, tenant: Tenant, instance: ProcessInstance) -> None:
         tenant.instances.remove(instance)
-        await instance.retire()
+        if not await instance.retire():
+            await self.end_for(instance, STUCK_WHILE_LEAVING)
         worker = instance.worker
         instance.worker = None
         if worker is not None and worker.alive:
             await worker.call(lambda call_id: m.Close(call_id, instance.instance_id))
 
     async def _running_worker(self) -> WorkerProcess:
-        if self.worker is None or not self.worker.alive:
-            mode = "solo" if self.is_solo else "shared"
-            self._closing = False
-            try:
-                await self._spawner.prepare(self.launch)
-                self.worker = WorkerProcess(
-                    self._spawner,
-                    self.launch,
-                    [mode],
-                    self.name,
-                    self._on_service,
-                    self._on_end,
-                    self._first_bytes,
-                    self._book_growth,
-                )
-            except OSError as problem:
-                raise Unavailable(f"{self.name} can't be started: {problem}") from problem
-        return self.worker
+        async with self._starting:  # models that are loaded at once want the same one
+            if self.worker is None or not self.worker.alive:
+                self.worker = await self._start_worker()
+            return self.worker
+
+    async def _start_worker(self) -> WorkerProcess:
+        mode = "solo" if self.is_solo else "shared"
+        self._closing = False
+        try:
+            await self._spawner.prepare(self.launch)
+            return WorkerProcess(
+                self._spawner,
+                self.launch,
+                [mode],
+                self.name,
+                self._on_service,
+                self._on_end,
+                self._first_bytes,
+                self._book_growth,
+            )
+        except OSError as problem:
+            raise Unavailable(f"{self.name} can't be started: {problem}") from problem
 
     def _book_growth(self, num_bytes: int) -> None:
         if len(self.tenants) == 1:
@@ -167,7 +177,7 @@ class HostProcess:
     async def _create(self, worker: WorkerProcess, tenant: Tenant, instance: ProcessInstance) -> None:
         instance.instance_id = worker.new_id()
         generative = tenant.model.generative_of(instance)
-        worker.engine_events[instance.instance_id] = generative.on_events
+        worker.engine_events[instance.instance_id] = generative.generations.on_events
         instance.slot = worker.take_slot()
         placement = instance.placement
         instance.kind = await worker.call(
@@ -192,13 +202,38 @@ class HostProcess:
         worker = self.worker
         if worker is None or not worker.alive:
             return
+        calls: list[Callable[[int], Any]] = [
+            *(partial(_close, instance.instance_id) for instance in tenant.instances if instance.worker is worker),
+            partial(_unload, tenant.model_id),
+        ]
         try:
-            for instance in tenant.instances:
-                if instance.worker is worker:
-                    await worker.call(partial(_close, instance.instance_id), UNLOAD_TIMEOUT_S)
-            await worker.call(lambda call_id: m.Unload(call_id, tenant.model_id), UNLOAD_TIMEOUT_S)
-        except EnginehouseError:
-            worker.kill("did not unload a model in time")
+            for call in calls:
+                try:
+                    await worker.call(call, UNLOAD_TIMEOUT_S)
+                except NoAnswer:
+                    raise
+                except EnginehouseError as problem:
+                    logger.warning("model '%s' did not close cleanly: %s", tenant.model.name, problem)
+        except NoAnswer:
+            worker.end_for_a_tenant(f"was ended: model '{tenant.model.name}' did not unload in time")
+
+    async def evict(self, tenant: Tenant, why: str) -> None:
+        """Ends the tenant with the process. Others in it are loaded again and not blamed."""
+        if tenant in self.tenants:
+            self.tenants.remove(tenant)
+        worker = self.worker
+        if worker is not None and worker.alive and any(i.worker is worker for i in tenant.instances):
+            self._closing = not self.tenants
+            worker.end_for_a_tenant(f"was ended: model '{tenant.model.name}' {why}")
+            await worker.ended
+        await self.close_if_empty()
+
+    async def end_for(self, instance: ProcessInstance, why: str) -> None:
+        """Ends the process because one instance of it is stuck; the others in it are loaded again."""
+        if instance.worker is not None and instance.worker.alive:
+            worker = instance.worker
+            worker.end_for_a_tenant(f"was ended: instance '{instance.name}' {why}")
+            await worker.ended
 
     def abandon(self, tenant: Tenant) -> None:
         """The tenant has given up: it won't be restarted. The process goes if nobody else is in it."""
@@ -244,7 +279,9 @@ class HostProcess:
         loaded = [t for t in self.tenants if any(i.worker is worker for i in t.instances)]
         busy = worker.busy_at_end
         suspects = [t for t in loaded if any(i.instance_id in busy for i in t.instances)]
-        if not suspects and not self._num_loading:
+        if worker.ended_for_a_tenant:
+            suspects = []
+        elif not suspects and not self._num_loading:
             suspects = loaded  # nobody did anything: whoever is there shares the blame
         delay_s = 0.0
         for tenant in loaded:
@@ -283,3 +320,7 @@ class HostProcess:
 
 def _close(instance_id: int, call_id: int) -> m.Close:
     return m.Close(call_id, instance_id)
+
+
+def _unload(model_id: int, call_id: int) -> m.Unload:
+    return m.Unload(call_id, model_id)

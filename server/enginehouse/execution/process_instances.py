@@ -15,7 +15,9 @@ from enginehouse.errors import EnginehouseError, FailureReason, Unavailable
 from enginehouse.execution import messages as m
 from enginehouse.execution.answering import WorkerBatch
 from enginehouse.execution.contract import Batch
-from enginehouse.execution.process import WorkerProcess
+from enginehouse.execution.generations import Generations
+from enginehouse.execution.patience import ends_in_time
+from enginehouse.execution.process import NoAnswer, WorkerProcess
 from enginehouse.execution.running import as_error
 from enginehouse.types import GenerateRequest, InferRequest, MetricFamily, TokenEvent
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 QUICK_BATCH_NS = 1_000_000
 """Below it the way between two batches is worth hiding: the next one waits in the worker already."""
 _SMOOTHING = 0.1
+READY_PATIENCE_S = 1.0
 
 
 class ProcessInstance:
@@ -44,6 +47,8 @@ class ProcessInstance:
         self.idle.set()
         self._is_retiring = False
         self._running: set[WorkerBatch] = set()
+        self._asking: asyncio.Future[None] | None = None
+        self._last_word = True
         self._may_stage = stages_batches(model.config)
         self._batch_ns = float(QUICK_BATCH_NS)
 
@@ -56,10 +61,27 @@ class ProcessInstance:
     def available(self) -> bool:
         return self.worker is not None and self.worker.alive and not self._is_retiring
 
-    async def retire(self) -> None:
-        """Takes no further batches; returns when it has finished those it has."""
+    async def retire(self) -> bool:
+        """Takes no further batches; returns when it has finished those it has. False if it doesn't."""
         self._is_retiring = True
-        await self.idle.wait()
+        return await ends_in_time(self.idle.wait(), self.model.progress.look, self.model.policy.unload_timeout_s)
+
+    async def says_ready(self) -> bool:
+        """The model's own word, which it gives between batches; its last one while a batch takes long."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.ensure_future(self._ask_ready())
+        await asyncio.wait([self._asking], timeout=READY_PATIENCE_S)
+        return self.available and self._last_word
+
+    async def _ask_ready(self) -> None:
+        """One question at a time: a model that hangs doesn't read those that would pile up."""
+        assert self.worker is not None, "asked of an instance without a worker: a bug"
+        try:
+            self._last_word = bool(await self.worker.call(partial(_probe, self.instance_id)))
+        except NoAnswer:
+            return  # it ended; what starts after it has not said anything yet
+        except EnginehouseError:
+            self._last_word = False
 
     def execute(self, batch: Batch) -> None:
         model = self.model
@@ -72,6 +94,7 @@ class ProcessInstance:
             self.slot,
             self.kind == "tensors",
             self._on_finished,
+            model.progress,
         )
         self._running.add(running)
         self.idle.clear()
@@ -111,17 +134,17 @@ class ProcessGenerative:
 
     def __init__(self, instance: ProcessInstance) -> None:
         self._instance = instance
-        self._emit_by_request: dict[str, Callable[[TokenEvent], None]] = {}
+        self.generations = Generations()
 
     def submit(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None:
         worker = self._instance.worker
         if worker is None or not worker.alive:
             raise Unavailable(f"the engine of model '{self._instance.model.name}' is not running")
-        self._emit_by_request[request.id] = emit
+        self.generations.open(request.id, emit)
         worker.channel.send(m.Generate(self._instance.instance_id, request))
 
     def cancel(self, request_id: str) -> None:
-        if self._instance.worker is not None and request_id in self._emit_by_request:
+        if self._instance.worker is not None and request_id in self.generations:
             self._instance.worker.channel.send(m.CancelGenerate(self._instance.instance_id, request_id))
 
     async def metrics(self) -> Sequence[MetricFamily]:
@@ -131,21 +154,15 @@ class ProcessGenerative:
         values = await worker.call(partial(_engine_metrics, self._instance.instance_id), 5.0)
         return msgspec.convert(values, list[MetricFamily])
 
-    def on_events(self, events: Sequence[TokenEvent]) -> None:
-        for event in events:
-            emit = self._emit_by_request.get(event.request_id)
-            if emit is None:
-                continue
-            if event.finish_reason is not None or event.error is not None:
-                del self._emit_by_request[event.request_id]
-            emit(event)
-
     def on_refused(self, request_id: str, error: EnginehouseError) -> None:
-        self.on_events([TokenEvent(request_id, error=error)])
+        self.generations.on_events([TokenEvent(request_id, error=error)])
 
     def fail_all(self, reason: str) -> None:
-        for request_id in list(self._emit_by_request):
-            self.on_refused(request_id, Unavailable(reason, reason=FailureReason.BACKEND))
+        self.generations.fail_all(Unavailable(reason, reason=FailureReason.BACKEND))
+
+
+def _probe(instance_id: int, call_id: int) -> m.Probe:
+    return m.Probe(call_id, instance_id)
 
 
 def _engine_metrics(instance_id: int, call_id: int) -> m.EngineMetrics:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from enginehouse.backend import LoadContext, Placement
-from enginehouse.errors import EnginehouseError
 from enginehouse.execution import messages as m
 from enginehouse.execution.contract import HostHealth, HostState
 from enginehouse.execution.hosting_plan import ProcessKey
 from enginehouse.execution.joiners import joiner_of
-from enginehouse.execution.process_host import HostProcess, Tenant
+from enginehouse.execution.patience import Progress
+from enginehouse.execution.process_host import STUCK_WHILE_LEAVING, HostProcess, Tenant
 from enginehouse.execution.process_instances import ProcessGenerative, ProcessInstance
 from enginehouse.execution.supervision import CrashHistory, SupervisionPolicy
 
@@ -47,6 +46,7 @@ class ProcessHostedModel:
         self.book_growth: Callable[[int], None] = lambda num_bytes: None
         """Raises ResourceExhausted if a slab of its own may not grow by so many bytes."""
         self.health = HostHealth(HostState.READY)
+        self.progress = Progress()
         self._key_of = key_of
         self._make_process = make_process
         self._on_health = on_health
@@ -62,6 +62,12 @@ class ProcessHostedModel:
     @property
     def instances(self) -> Sequence[ProcessInstance]:
         return [instance for instance in self.all_instances if not instance.placement.passive]
+
+    @property
+    def shared_processes(self) -> frozenset[ProcessKey]:
+        if any(instance.kind != "tensors" for _, tenant in self.tenants.values() for instance in tenant.instances):
+            return frozenset()
+        return frozenset(key for key in self.tenants if key.shared)
 
     def generative_of(self, instance: ProcessInstance) -> ProcessGenerative:
         return self.generative or ProcessGenerative(instance)
@@ -116,8 +122,10 @@ class ProcessHostedModel:
         process, tenant = self.tenants[key]
         if tenant.instances == [instance]:
             del self.tenants[key]
-            await instance.retire()
-            await process.detach(tenant)
+            if await instance.retire():
+                await process.detach(tenant)
+            else:
+                await process.evict(tenant, STUCK_WHILE_LEAVING)
         else:
             await process.remove_instance(tenant, instance)
 
@@ -127,8 +135,23 @@ class ProcessHostedModel:
             self._closing = asyncio.ensure_future(self._close())
         await asyncio.shield(self._closing)
 
+    async def end(self, why: str) -> None:
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._end(why))
+        await asyncio.shield(self._closing)
+
     async def _close(self) -> None:
         await self._detach_all()
+        self._say_closed("was unloaded")
+
+    async def _end(self, why: str) -> None:
+        tenants, self.tenants = self.tenants, {}
+        await asyncio.gather(*(process.evict(tenant, why) for process, tenant in tenants.values()))
+        self._say_closed(why)
+
+    def _say_closed(self, why: str) -> None:
+        if self.generative is not None:
+            self.generative.fail_all(f"model '{self.name}' {why}")
         self.on_closed()
 
     async def _detach_all(self) -> None:
@@ -146,15 +169,8 @@ class ProcessHostedModel:
     async def is_ready(self) -> bool:
         if self.health.state is not HostState.READY:
             return False
-        for instance in self.instances:
-            if instance.worker is None:
-                continue
-            try:
-                if not await instance.worker.call(partial(_probe, instance.instance_id)):
-                    return False
-            except EnginehouseError:
-                return False
-        return True
+        words = await asyncio.gather(*(each.says_ready() for each in self.instances if each.worker is not None))
+        return all(words)
 
     # --- told by its processes
 
@@ -189,7 +205,3 @@ class ProcessHostedModel:
             return
         self.health = HostHealth(state, reason, self._history.num_restarts)
         self._on_health(self.health)
-
-
-def _probe(instance_id: int, call_id: int) -> m.Probe:
-    return m.Probe(call_id, instance_id)

@@ -77,6 +77,10 @@ class ProcessPool:
             self._shared[place] = process
         return self._shared[place]
 
+    @property
+    def shared(self) -> Sequence[HostProcess]:
+        return list(self._shared.values())
+
     def _forget(self, place: tuple[ProcessKey, str]) -> None:
         del self._shared[place]
 

@@ -36,6 +36,13 @@ def write_tensors(tensors: Collection[Tensor], memory: memoryview, offset: int =
     return refs, offset
 
 
+def datatype_of(ref: TensorRef) -> DataType:
+    """Raises Internal if the other side names a type that there is none of."""
+    if not 0 < ref.datatype < _NUM_TYPES:
+        raise Internal(f"tensor '{ref.name}' is said to have type {ref.datatype}")
+    return _TYPES[ref.datatype]
+
+
 def tensor_of(ref: TensorRef, memory: memoryview) -> Tensor:
     """A view of the block. Raises Internal if the other side names bytes outside of it."""
     offset, nbytes = ref.offset, ref.nbytes

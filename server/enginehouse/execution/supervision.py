@@ -22,6 +22,8 @@ class SupervisionPolicy:
     stopped_timeout_s: float = 5.0
     """A process that the kernel shows as stopped for so long is a hang."""
     start_timeout_s: float = 600.0
+    unload_timeout_s: float = 60.0
+    """A model that is to go and answers nothing for so long, while it owes answers, is ended."""
     host_limit_bytes: int = 0
 
     @classmethod
@@ -37,6 +39,7 @@ class SupervisionPolicy:
             said.hang_timeout_s or base.hang_timeout_s,
             base.stopped_timeout_s,
             said.start_timeout_s or base.start_timeout_s,
+            said.unload_timeout_s or base.unload_timeout_s,
             config.serving.memory.host_limit_bytes or base.host_limit_bytes,
         )
 

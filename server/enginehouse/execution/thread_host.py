@@ -7,9 +7,10 @@ Nothing here can stop a stuck call or survive a native crash: models that may do
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
 
@@ -23,15 +24,22 @@ from enginehouse.backend import (
     RequestInstance,
     TensorInstance,
 )
+from enginehouse.errors import FailureReason, Unavailable
 from enginehouse.execution.answer_window import AnswerWindow
 from enginehouse.execution.answering import RunningBatch
-from enginehouse.execution.contract import Batch, ExecutionTimes, HostHealth, HostState
+from enginehouse.execution.contract import Batch, ExecutionTimes, HostHealth, HostState, Remains
+from enginehouse.execution.generations import Generations
 from enginehouse.execution.host_policy import run_on
 from enginehouse.execution.joiners import joiner_of
 from enginehouse.execution.joining import Joiner
 from enginehouse.execution.mailbox import Mailbox
+from enginehouse.execution.patience import Progress, ends_in_time
 from enginehouse.execution.running import Outcome, as_error, run_requests, run_tensors, view_for_instance
 from enginehouse.types import GenerateRequest, InferRequest, InferResponse, MetricFamily, TokenEvent
+
+logger = logging.getLogger("enginehouse.execution")
+
+END_GRACE_S = 1.0
 
 
 class ThreadInstance:
@@ -56,14 +64,18 @@ class ThreadInstance:
         self._idle.set()
         self._thread = threading.Thread(target=self._work, name=f"instance {placement.name}", daemon=True)
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def start(self) -> None:
         self._thread.start()
-        await self._started
+        try:
+            await self._started
+        except BaseException:
+            self._thread.join()
+            raise
 
     def execute(self, batch: Batch) -> None:
-        running = RunningBatch(batch, self._model.name, self._model.version)
+        running = RunningBatch(batch, self._model.name, self._model.version, self._model.progress)
         self._running.add(running)
         self._idle.clear()
         for request in batch.requests:
@@ -94,12 +106,29 @@ class ThreadInstance:
                 running.views[index].cancel()
 
     async def close(self) -> None:
-        """Waits for what is running; then the backend's instance is closed in its own thread."""
+        """Waits for what is running; then the backend's instance is closed in its own thread. Returns without
+        `closed` when neither ends in time."""
         self.available = False
-        await self._idle.wait()
+        model = self._model
+        if not await ends_in_time(self._idle.wait(), model.progress.look, model.patience_s):
+            self.end(f"was to go and answered nothing for {model.patience_s:g} s")
+            return
         self._jobs.put(None)
-        await self._closed
+        await ends_in_time(asyncio.shield(self.closed), model.progress.look, model.patience_s)
+
+    def join(self) -> None:
+        """After `closed`: the thread is on its last instruction."""
         self._thread.join()
+
+    def end(self, why: str) -> None:
+        """Fails what is running. The thread itself can't be ended: it leaves when its call returns."""
+        self.available = False
+        now_ns = time.monotonic_ns()
+        error = Unavailable(f"instance '{self.name}' {why}", reason=FailureReason.BACKEND)
+        for running in list(self._running):
+            running.release(ExecutionTimes(now_ns, now_ns, now_ns, now_ns), error)
+            self._forget_if_finished(running)
+        self._jobs.put(None)
 
     # --- on the loop, told by the thread
 
@@ -137,9 +166,12 @@ class ThreadInstance:
         while (job := self._jobs.get()) is not None:
             self._run(job)
             del job  # else the thread would keep the last batch's tensors alive while it waits
-        self.instance.close()
+        try:
+            self.instance.close()
+        except Exception:
+            logger.exception("instance '%s' of model '%s' did not close cleanly", self.name, self._model.name)
         self.instance = None
-        post(_settle, self._closed)
+        post(_settle, self.closed)
 
     def _run(self, running: RunningBatch) -> None:
         start_ns = time.monotonic_ns()
@@ -186,16 +218,15 @@ class ThreadGenerative:
 
     def __init__(self, instance: GenerativeInstance, mailbox: Mailbox) -> None:
         self._instance = instance
-        self._mailbox = mailbox
-        self._emit_by_request: dict[str, Callable[[TokenEvent], None]] = {}
-        instance.start(partial(mailbox.post, self._on_events))
+        self.generations = Generations()
+        instance.start(partial(mailbox.post, self.generations.on_events))
 
     def submit(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None:
-        self._emit_by_request[request.id] = emit
+        self.generations.open(request.id, emit)
         try:
             self._instance.submit(request)
         except BaseException:
-            del self._emit_by_request[request.id]
+            self.generations.forget(request.id)
             raise
 
     def cancel(self, request_id: str) -> None:
@@ -204,26 +235,25 @@ class ThreadGenerative:
     async def metrics(self) -> Sequence[MetricFamily]:
         return await asyncio.get_running_loop().run_in_executor(None, self._instance.metrics)
 
-    def _on_events(self, events: Sequence[TokenEvent]) -> None:
-        for event in events:
-            emit = self._emit_by_request.get(event.request_id)
-            if emit is None:
-                continue
-            if event.finish_reason is not None or event.error is not None:
-                del self._emit_by_request[event.request_id]
-            emit(event)
-
 
 class ThreadHostedModel:
     """A HostedModel whose instances are threads of this process."""
 
-    def __init__(self, context: LoadContext, model: Model, mailbox: Mailbox, joiner: Joiner) -> None:
+    def __init__(
+        self, context: LoadContext, model: Model, mailbox: Mailbox, joiner: Joiner, patience_s: float
+    ) -> None:
         self.config = context.config
         self.name = context.name
         self.version = str(context.version)
         self.model = model
         self.mailbox = mailbox
         self.joiner = joiner
+        self.patience_s = patience_s
+        self.progress = Progress()
+        self.shared_processes: frozenset[object] = frozenset()
+        """None: in the server's own process nothing is copied between models anyhow."""
+        self._left_behind: list[ThreadInstance] = []
+        self._closing: asyncio.Future[Remains | None] | None = None
         self.all_instances: list[ThreadInstance] = []
         self.generative: ThreadGenerative | None = None
         self.health = HostHealth(HostState.READY)
@@ -257,6 +287,10 @@ class ThreadHostedModel:
         self.all_instances = sorted(started, key=lambda instance: order[instance.name])
         for instance in gone:
             await instance.close()
+            if instance.closed.done():
+                instance.join()
+            else:
+                self._left_behind.append(instance)
         self._find_generative()
 
     def _find_generative(self) -> None:
@@ -264,19 +298,58 @@ class ThreadHostedModel:
             if isinstance(handle.instance, GenerativeInstance) and self.generative is None:
                 self.generative = ThreadGenerative(handle.instance, self.mailbox)
 
-    async def close(self) -> None:
-        if self.health.state is HostState.FAILED:
-            return
-        self.health = HostHealth(HostState.FAILED, "closed")
+    async def close(self) -> Remains | None:
+        return await self._close_once(self._close_instances)
+
+    async def end(self, why: str) -> Remains | None:
         for instance in self.all_instances:
-            await instance.close()
+            instance.end(why)
+        if self.generative is not None:
+            self.generative.generations.fail_all(Unavailable(f"model '{self.name}' {why}"))
+        return await self._close_once(self._wait_a_moment)
+
+    async def _close_once(self, close_instances: Callable[[], Awaitable[None]]) -> Remains | None:
+        """At the end of the server an unload that still waits and `Hosts.close` both come here."""
+        if self._closing is None:
+            self.health = HostHealth(HostState.FAILED, "closed")
+            self._closing = asyncio.ensure_future(self._close(close_instances))
+        return await asyncio.shield(self._closing)
+
+    async def _close(self, close_instances: Callable[[], Awaitable[None]]) -> Remains | None:
+        await close_instances()
+        hung = [instance for instance in (*self._left_behind, *self.all_instances) if not instance.closed.done()]
+        for instance in self.all_instances:
+            if instance.closed.done():
+                instance.join()
         self.all_instances = []
+        if not hung:
+            await self._bury(hung)
+            return None
+        names = ", ".join(f"'{instance.name}'" for instance in hung)
+        text = (
+            f"instance {names} still runs in the server's process, where nothing can end it: its memory is held "
+            f"until its call returns"
+        )
+        logger.error("model '%s' version %s: %s", self.name, self.version, text)
+        return Remains(text, asyncio.ensure_future(self._bury(hung)))
+
+    async def _close_instances(self) -> None:
+        await asyncio.gather(*(instance.close() for instance in self.all_instances))
+
+    async def _wait_a_moment(self) -> None:
+        """Instances that are not stuck leave at once."""
+        if self.all_instances:
+            await asyncio.wait([instance.closed for instance in self.all_instances], timeout=END_GRACE_S)
+
+    async def _bury(self, hung: Sequence[ThreadInstance]) -> None:
+        if hung:
+            await asyncio.wait([instance.closed for instance in hung])
         await asyncio.get_running_loop().run_in_executor(None, self.model.close)
         self.on_closed()
 
 
 async def load_in_threads(
-    backend: Backend, context: LoadContext, placements: Sequence[Placement], mailbox: Mailbox
+    backend: Backend, context: LoadContext, placements: Sequence[Placement], mailbox: Mailbox, patience_s: float
 ) -> ThreadHostedModel:
     """Raises what the backend raises, with nothing left behind."""
     loop = asyncio.get_running_loop()
@@ -284,7 +357,7 @@ async def load_in_threads(
         model = await loop.run_in_executor(None, backend.load, context)
     except Exception as problem:
         raise as_error(problem) from problem
-    hosted = ThreadHostedModel(context, model, mailbox, joiner_of(context.config))
+    hosted = ThreadHostedModel(context, model, mailbox, joiner_of(context.config), patience_s)
     try:
         await hosted.set_instances(placements)
     except BaseException:

@@ -35,6 +35,7 @@ from enginehouse.execution import messages as m
 from enginehouse.execution.backends import BackendSource
 from enginehouse.execution.running import Nanoseconds, as_error
 from enginehouse.execution.worker_channel import ChannelClosed, WorkerChannel
+from enginehouse.execution.worker_held import HeldInWorker
 from enginehouse.execution.worker_instances import LoadedModel, RunningRequests, WorkerInstance
 from enginehouse.execution.worker_services import ChannelServices, WorkerCalls
 
@@ -54,6 +55,8 @@ class Worker:
         self._queued: set[int] = set()
         self._early_cancels: set[tuple[int, int]] = set()
         self._progress = memoryview(b"")
+        self.held = HeldInWorker()
+        self._fetches: SimpleQueue[Callable[[], None] | None] | None = None
 
     def serve(self) -> None:
         """Until the server leaves."""
@@ -76,10 +79,11 @@ class Worker:
             if hosted is None:
                 return
             self._queued.add(message.batch_id)
+            pins = self.held.pin(message)
             if hosted.jobs is None:
-                self._jobs.append((hosted.execute, (message,)))
+                self._jobs.append((hosted.execute, (message, pins)))
             else:
-                hosted.jobs.put(partial(hosted.execute, message))
+                hosted.jobs.put(partial(hosted.execute, message, pins))
             return
         match message:
             case m.Cancel():
@@ -90,6 +94,10 @@ class Worker:
                     running.take(message.index, message.num_taken)
             case m.InferAnswer():
                 self._calls.on_infer_answer(message)
+            case m.Drop():
+                self.held.drop(message.numbers)
+            case m.Fetch():
+                self._fetch(message)
             case m.Answer():
                 self._calls.on_answer(message)
             case m.Load():
@@ -126,6 +134,19 @@ class Worker:
                 engine.cancel(message.request_id)
             case m.EngineMetrics():
                 self._reply_to(message.call_id, lambda: list(engine.metrics()))
+
+    def _fetch(self, message: m.Fetch) -> None:
+        """On a thread of its own: it may wait for room in the slab, which this thread makes."""
+        if self._fetches is None:
+            self._fetches = SimpleQueue()
+            threading.Thread(target=self._work, args=(self._fetches,), name="fetch", daemon=True).start()
+        self._fetches.put(partial(self._reply_to, message.call_id, partial(self._copy_held, message.piece)))
+
+    def _copy_held(self, piece: m.Piece) -> int:
+        data = self.held.bytes_of(piece)
+        block, memory = self.channel.allocate(data.nbytes)
+        memory[:] = data
+        return block
 
     def _do_for_instance(self, instance_id: int, act: Callable[[WorkerInstance], None]) -> None:
         hosted = self._instances.get(instance_id)

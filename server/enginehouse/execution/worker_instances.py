@@ -19,11 +19,12 @@ from enginehouse.execution import messages as m
 from enginehouse.execution.answer_window import AnswerWindow
 from enginehouse.execution.host_policy import run_on
 from enginehouse.execution.joiners import joiner_of
-from enginehouse.execution.refs import request_of, response_ref, tensor_of, tensors_bytes, write_tensors
+from enginehouse.execution.refs import request_of, response_ref, tensors_bytes, write_tensors
 from enginehouse.execution.running import Outcome, as_error, run_requests, run_tensors
 from enginehouse.execution.slab import NO_BLOCK
+from enginehouse.execution.worker_held import Pins, input_of
 from enginehouse.execution.worker_services import ChannelServices
-from enginehouse.types import InferRequest, InferResponse
+from enginehouse.types import InferRequest, InferResponse, Tensor
 
 if TYPE_CHECKING:
     from enginehouse.execution.worker import Worker
@@ -145,12 +146,12 @@ class WorkerInstance:
         self.instance: Instance = loaded.model.create_instance(placement)
         self.jobs: SimpleQueue[Callable[[], None] | None] | None = None
 
-    def execute(self, message: m.Execute) -> None:
+    def execute(self, message: m.Execute, pins: Pins) -> None:
         start_ns = time.monotonic_ns()
         self._worker.note_progress(self._slot, message.batch_id, start_ns)
         try:
             if isinstance(self.instance, TensorInstance):
-                self._run_tensors(self.instance, message, start_ns)
+                self._run_tensors(self.instance, message, pins, start_ns)
             elif isinstance(self.instance, RequestInstance):
                 self._run_requests(self.instance, message, start_ns)
         except EnginehouseError as problem:
@@ -159,20 +160,26 @@ class WorkerInstance:
             self._fail(message, start_ns, as_error(problem))
         self._worker.note_progress(self._slot, 0, 0)
 
-    def _run_tensors(self, instance: TensorInstance, message: m.Execute, start_ns: int) -> None:
+    def _run_tensors(self, instance: TensorInstance, message: m.Execute, pins: Pins, start_ns: int) -> None:
         channel = self._worker.channel
         memory = channel.incoming.open(message.block, message.block_nbytes)
-        inputs = {ref.name: tensor_of(ref, memory) for ref in message.joined}
+        inputs = {ref.name: input_of(ref, memory, pins) for ref in message.joined}
+        instance.kept_outputs = frozenset(message.kept)
         outcome = run_tensors(instance, start_ns, inputs, message.outputs)
-        outputs = list(outcome.outputs.values())
+        outputs = [tensor for tensor in outcome.outputs.values() if tensor.name not in instance.kept_outputs]
         block, target = channel.allocate(tensors_bytes(outputs))
         refs, _ = write_tensors(outputs, target)
+        refs.extend(self._hold(tensor) for tensor in outcome.outputs.values() if tensor.name in instance.kept_outputs)
         times = outcome.times
         error = outcome.error
         # The views go before `take_released` is asked, so that the input's block goes back with this answer.
-        del inputs, memory, outcome, outputs
+        del inputs, memory, outcome, outputs, pins
         self._worker.forget(message.batch_id)
         self._worker.send_done(message.batch_id, block, target.nbytes, refs, [], error, times)
+
+    def _hold(self, tensor: Tensor) -> m.TensorRef:
+        piece = self._worker.held.hold(tensor.data)
+        return m.TensorRef(tensor.name, tensor.datatype.proto, tensor.shape, 0, 0, (piece,))
 
     def _run_requests(self, instance: RequestInstance, message: m.Execute, start_ns: int) -> None:
         running = RunningRequests(self._worker, message, self.loaded)

@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from enginehouse.config.schema import ModelConfig, ModelTransactionPolicy
-from enginehouse.observe.hosting_families import VersionReading, build_family, memory_families, version_families
+from enginehouse.observe.hosting_families import (
+    SharedProcessReading,
+    VersionReading,
+    build_family,
+    memory_families,
+    shared_process_families,
+    version_families,
+)
 from enginehouse.observe.metrics import CacheReading, Metrics
 from enginehouse.observe.metrics_settings import MetricsSettings
 from enginehouse.observe.system_families import GPU_FAMILIES
@@ -33,6 +40,7 @@ def catalogue() -> list[MetricFamily]:
         metrics.open_model(config, 1, has_cache=has_cache)
     metrics.add_provider(lambda: memory_families([_Device()]))
     metrics.add_provider(lambda: version_families([VersionReading("model", 1, is_ready=True, num_restarts=0)]))
+    metrics.add_provider(lambda: shared_process_families([SharedProcessReading("process", 0, 0, 0)]))
     metrics.add_provider(lambda: [build_family("0")])
     metrics.add_provider(_gpu_families)
     found: dict[str, MetricFamily] = {}

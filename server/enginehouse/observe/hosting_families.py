@@ -96,6 +96,38 @@ def version_families(versions: Iterable[VersionReading]) -> Iterator[MetricFamil
     )
 
 
+@dataclass(frozen=True, slots=True)
+class SharedProcessReading:
+    """A process that models share, and the tensors that stay in it between them. Counts are since its start."""
+
+    process: str
+    num_kept: int
+    num_fetched: int
+    num_bytes_held: int
+
+
+def shared_process_families(processes: Iterable[SharedProcessReading]) -> Iterator[MetricFamily]:
+    read = list(processes)
+    yield MetricFamily(
+        "enginehouse_tensors_kept",
+        "counter",
+        "Tensors that stayed in the process from one model to the next",
+        [("_total", {"process": each.process}, each.num_kept) for each in read],
+    )
+    yield MetricFamily(
+        "enginehouse_tensors_fetched",
+        "counter",
+        "Tensors that had stayed and were copied to another process after all",
+        [("_total", {"process": each.process}, each.num_fetched) for each in read],
+    )
+    yield MetricFamily(
+        "enginehouse_tensors_held_bytes",
+        "gauge",
+        "Bytes of tensors that wait in the process for their next model",
+        [("", {"process": each.process}, each.num_bytes_held) for each in read],
+    )
+
+
 def build_family(version: str) -> MetricFamily:
     return MetricFamily("enginehouse_build_info", "gauge", "The server's version", [("", {"version": version}, 1)])
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from enginehouse.config.schema import ModelConfig
+from enginehouse.execution.contract import Remains
 from enginehouse.repository.definition import ModelDefinition, Override
 from enginehouse.repository.registry import ServedVersion
 
@@ -34,8 +35,8 @@ class VersionBuilder(Protocol):
     """Makes a version ready and takes it down again."""
 
     async def build(self, definition: ModelDefinition, version: int) -> ServedVersion: ...
-    async def retire(self, served: ServedVersion) -> None:
-        """Waits for what is in flight, then gives everything back."""
+    async def retire(self, served: ServedVersion) -> Remains | None:
+        """Waits for what is in flight as long as something comes back, then gives everything back."""
         ...
 
     async def set_instances(self, served: ServedVersion, config: ModelConfig) -> None: ...

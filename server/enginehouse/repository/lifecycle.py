@@ -360,16 +360,30 @@ class Lifecycle:
         """With a reason the version itself goes; without, only its former build does."""
 
         async def retire() -> None:
-            await self._builder.retire(served)
-            if reason and self.registry.record(name).versions[served.version].served is served:
+            remains = await self._builder.retire(served)
+            entry = self.registry.record(name).versions[served.version]
+            if not reason or entry.served is not served:
+                return
+            if remains is not None:
+                said = f"{reason}; {remains.text}"
+                self.registry.set_state(name, served.version, VersionState.UNAVAILABLE, said)
+                remains.gone.add_done_callback(lambda _: self._note_gone(name, served.version, said, reason))
+            else:
                 self.registry.set_state(name, served.version, VersionState.UNAVAILABLE, reason)
                 logger.info("successfully unloaded '%s' version %s", name, served.version)
-                self._on_change(name)
+            self._on_change(name)
 
         task = asyncio.create_task(retire(), name=f"retire {name}:{served.version}")
         tasks = self._retiring.setdefault(name, set())
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+
+    def _note_gone(self, name: str, version: int, said: str, reason: str) -> None:
+        """The calls that kept an unloaded version have returned."""
+        if self.registry.record(name).versions[version].reason == said:
+            self.registry.set_state(name, version, VersionState.UNAVAILABLE, reason)
+            logger.info("what was left of '%s' version %s has gone", name, version)
+            self._on_change(name)
 
     def _tell_agents_of_unload(self, definition: ModelDefinition) -> None:
         tasks = self._retiring.setdefault(definition.name, set())

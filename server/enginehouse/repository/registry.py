@@ -178,7 +178,7 @@ class Registry:
         """Strict readiness: whatever was to be loaded is ready. Models unloaded on purpose don't count."""
         return all(
             (entry.state is VersionState.READY and entry.served is not None and entry.served.healthy)
-            or (entry.state is VersionState.UNAVAILABLE and entry.reason == UNLOADED)
+            or (entry.state is VersionState.UNAVAILABLE and entry.reason.partition(";")[0] == UNLOADED)
             for record in self.models.values()
             if not record.on_demand
             for entry in record.versions.values()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from enginehouse.backend import LoadContext
@@ -15,9 +16,11 @@ from enginehouse.config import completion, tensors, validation
 from enginehouse.config.labels import read_labels
 from enginehouse.config.reading import print_config
 from enginehouse.config.schema import ModelConfig
-from enginehouse.errors import InvalidArgument
-from enginehouse.execution.contract import HostedModel, HostHealth, HostState
+from enginehouse.errors import EnginehouseError, InvalidArgument
+from enginehouse.execution.contract import GenerativeHandle, HostedModel, HostHealth, HostState, Remains
+from enginehouse.execution.handover import may_hand_over
 from enginehouse.execution.hosts import ModelHosts
+from enginehouse.execution.patience import ends_in_time
 from enginehouse.execution.placement import placements, with_explicit_groups
 from enginehouse.observe.metrics import Metrics
 from enginehouse.repository.definition import NAMESPACE_END, ModelDefinition, plain_name
@@ -26,6 +29,7 @@ from enginehouse.request_checks import RequestChecks
 from enginehouse.scheduling.build import build_scheduler, may_cache
 from enginehouse.scheduling.contract import SubmitRequest
 from enginehouse.scheduling.ensemble_check import check_ensemble
+from enginehouse.scheduling.ensemble_handover import End
 from enginehouse.scheduling.generative import GenerativeScheduler
 from enginehouse.scheduling.rate_limiter import RateLimiter
 from enginehouse.scheduling.response_cache import ResponseCache
@@ -33,6 +37,9 @@ from enginehouse.scheduling.tuning_report import frozen_config, tuning_of
 from enginehouse.scheduling.warmup import warm_up
 
 logger = logging.getLogger("enginehouse.repository")
+
+METRICS_TIMEOUT_S = 5.0
+"""An engine that takes longer to say how far it is gives no sign of life."""
 
 
 class Serving:
@@ -80,11 +87,14 @@ class Serving:
             raise
         return served
 
-    async def retire(self, served: ServedVersion) -> None:
-        if served.scheduler is not None:
-            await served.scheduler.drain()
+    async def retire(self, served: ServedVersion) -> Remains | None:
+        patience_s = self._hosts.patience_s(served.config)
+        hung = ""
+        if not await ends_in_time(_drain(served), partial(_sign_of_life, served), patience_s):
+            hung = f"was unloaded and answered nothing for {patience_s:g} s"
+            logger.error("model '%s' version %s %s: it is ended", served.name, served.version, hung)
         await self._write_tuning(served)
-        await self._dismantle(served)
+        return await self._dismantle(served, hung)
 
     async def set_instances(self, served: ServedVersion, config: ModelConfig) -> None:
         """Changes instance groups in place: nothing is loaded anew, no request is lost."""
@@ -171,6 +181,7 @@ class Serving:
                 served.statistics,
                 self._submit,
                 lookup=self._config_of,
+                hands_over=self._hands_over,
                 model_directory=definition.directory,
                 rate_limiter=self._rate_limiter,
                 cache=self._cache,
@@ -198,15 +209,17 @@ class Serving:
         except OSError as error:
             logger.error("can't write what the tuner of '%s' learnt to %s: %s", served.name, path, error)
 
-    async def _dismantle(self, served: ServedVersion) -> None:
+    async def _dismantle(self, served: ServedVersion, hung: str = "") -> Remains | None:
         self._folders.pop(served, None)
         if (end_source := self._engine_metrics.pop(id(served), None)) is not None:
             end_source()
         if served.scheduler is not None:
             served.scheduler.close()
+        remains: Remains | None = None
         if served.hosted is not None:
-            await served.hosted.close()
+            remains = await (served.hosted.end(hung) if hung else served.hosted.close())
         self._metrics.close_model(served.statistics)
+        return remains
 
     # --- what the host tells
 
@@ -230,6 +243,14 @@ class Serving:
         entry = record.versions.get(served.version) if record is not None else None
         return entry is not None and entry.served is served
 
+    def _hands_over(self, giver: End, taker: End) -> bool:
+        """Whether an output of one model can stay in the process where the other one reads it."""
+        try:
+            source, target = (self._registry.find(name, version) for name, version, _ in (giver, taker))
+        except EnginehouseError:
+            return False
+        return may_hand_over(source.hosted, giver[2], target.hosted, taker[2])
+
     def _config_of(self, name: str, version: str) -> ModelConfig:
         """Of a ready model, or of one that its next request loads again."""
         record = self._registry.models.get(name)
@@ -237,6 +258,27 @@ class Serving:
             return record.last_config
         return self._registry.find(name, version).config
 
+
+async def _drain(served: ServedVersion) -> None:
+    """Returns when nothing is in flight, generations that came past the scheduler included."""
+    if served.scheduler is not None:
+        await served.scheduler.drain()
+    if served.generative:
+        await served.hosted.generative.generations.ended()
+
+
+async def _sign_of_life(served: ServedVersion) -> tuple[float, ...]:
+    """Changes as long as the version works: with each answer, event, or token of an engine."""
+    num_in_flight = served.scheduler.num_in_flight if served.scheduler is not None else 0
+    if not served.generative:
+        return (num_in_flight, served.hosted.progress.count if served.hosted is not None else 0)
+    engine: GenerativeHandle = served.hosted.generative
+    try:
+        families = await asyncio.wait_for(engine.metrics(), METRICS_TIMEOUT_S)
+    except (EnginehouseError, TimeoutError):
+        families = []
+    counted = [value for one in families if one.kind == "counter" for _, _, value in one.samples]
+    return (num_in_flight, engine.generations.num_events, *counted)
 
 
 def write_whole(path: Path, content: str) -> None:

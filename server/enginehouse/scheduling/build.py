@@ -17,6 +17,7 @@ from enginehouse.scheduling.contract import ExecutionObserver, Scheduler, Submit
 from enginehouse.scheduling.dynamic_batching import BatchPolicy, DynamicBatching, shape_key_of
 from enginehouse.scheduling.ensemble import EnsembleScheduler
 from enginehouse.scheduling.ensemble_check import ConfigLookup
+from enginehouse.scheduling.ensemble_handover import HandsOver
 from enginehouse.scheduling.fairness import FairQueue, Tenant
 from enginehouse.scheduling.length_batching import LengthBatching
 from enginehouse.scheduling.loop import BatchingOptions, BatchingScheduler
@@ -49,18 +50,20 @@ def build_scheduler(
     cache: ResponseCache | None = None,
     fingerprint: str = "",
     clock: Clock | None = None,
+    hands_over: HandsOver | None = None,
 ) -> Scheduler:
     """The scheduler of one loaded version. Call on the server's loop.
 
-    `submit` is the core's own and runs ensemble steps; `lookup(name, version)` gives the config of a ready
-    model to them; `model_directory` holds the files that the config names (initial states, batch rules). The rate
-    limiter and the cache are the server's, or None; `fingerprint` tells the cache apart what the version
-    holds now from what it held before. Raises InvalidArgument if something doesn't fit.
+    `submit` is the core's own and runs ensemble steps; to them `lookup(name, version)` gives the config of a ready
+    model, and `hands_over` which tensors need not leave a process. `model_directory` holds the files that the config
+    names (initial states, batch rules). The rate limiter and the cache are the server's, or None; `fingerprint` tells
+    the cache apart what the version holds now from what it held before. Raises InvalidArgument if something doesn't
+    fit.
     """
     clock = clock or LoopClock()
     scheduler: Scheduler
     if config.HasField("ensemble_scheduling"):
-        scheduler = EnsembleScheduler(config, version, observer, submit, lookup or _no_lookup, clock)
+        scheduler = EnsembleScheduler(config, version, observer, submit, lookup or _no_lookup, clock, hands_over)
     else:
         limits = rate_limiter.limits_of(config, instances) if rate_limiter is not None else None
         if config.HasField("sequence_batching"):

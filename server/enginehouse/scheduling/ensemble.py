@@ -14,6 +14,7 @@ from enginehouse.scheduling.clock import Clock, LoopClock
 from enginehouse.scheduling.contract import ExecutionObserver, SubmitRequest
 from enginehouse.scheduling.ensemble_check import ConfigLookup, client_dims
 from enginehouse.scheduling.ensemble_graph import EnsembleGraph, Step
+from enginehouse.scheduling.ensemble_handover import HandsOver
 from enginehouse.scheduling.ensemble_run import EnsembleRun
 from enginehouse.scheduling.in_flight import InFlight, cancelled, stopped
 from enginehouse.scheduling.step_gate import StepGate
@@ -36,12 +37,14 @@ class EnsembleScheduler:
         submit: SubmitRequest,
         lookup: ConfigLookup,
         clock: Clock | None = None,
+        hands_over: HandsOver | None = None,
     ) -> None:
         self.graph = EnsembleGraph.of(config)
         self.config = config
         self.observer = observer
         self.submit_step = submit
         self.lookup = lookup
+        self.hands_over = hands_over
         self.clock = clock or LoopClock()
         if self.graph.max_inflight_requests:
             logger.info(

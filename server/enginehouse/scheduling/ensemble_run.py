@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from enginehouse.errors import EnginehouseError, FailureReason, InvalidArgument, error_of
 from enginehouse.execution.contract import ExecutionTimes
 from enginehouse.scheduling.ensemble_graph import Step
+from enginehouse.scheduling.ensemble_handover import kept_outputs
 from enginehouse.scheduling.ensemble_tensors import Path, RunTensors, Sequencing, Value, fit_input, fit_output
 from enginehouse.scheduling.in_flight import cancelled
 from enginehouse.scheduling.step_gate import Hold
@@ -247,7 +248,15 @@ class EnsembleRun:
             trace=request.trace.child() if request.trace is not None else None,
             sink=answers,
             max_ahead=self._scheduler.max_ahead(step, member) if self._is_limited else 0,
+            kept_outputs=self._kept_outputs(step),
         )
+
+    def _kept_outputs(self, step: Step) -> frozenset[str]:
+        """Nothing while the request is traced: a trace may show what goes from step to step."""
+        hands_over = self._scheduler.hands_over
+        if hands_over is None or self.request.trace is not None:
+            return frozenset()
+        return kept_outputs(step, self._plan, hands_over)
 
     def on_step_response(self, answers: _StepAnswers, branch: Path, response: InferResponse) -> None:
         hold = answers.hold_for(response) if self._is_limited else None
@@ -324,8 +333,9 @@ class _StepAnswers:
         # a single answer opens no branch of its own
         branch = self._path if response.final and not self._num_answers else (*self._path, self._num_answers)
         self._num_answers += 1
+        if response.final:
+            self.request.sink = None  # they know each other: without this the tensors would wait for the collector
         self._run.on_step_response(self, branch, response)
-
 
     def hold_for(self, response: InferResponse) -> Hold:
         """Until all that the answer leads to is under way."""

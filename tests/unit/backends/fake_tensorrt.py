@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from enginehouse.types import DeviceData
+from enginehouse_backends.tensorrt_engine.memory import KeptBytes
+
 from .tensorrt_signatures import check_call, recorded
 
 NUMPY_BY_KIND = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64, "INT8": np.int8}
@@ -67,8 +70,12 @@ class HostMemory:
     def allocate(self, num_bytes: int) -> Any:
         return torch.full((max(num_bytes, 1),), 0xEE, dtype=torch.uint8)
 
-    def upload(self, name: str, target: Any, source: memoryview) -> None:
-        ctypes.memmove(target.data_ptr(), bytes(source), source.nbytes)
+    def upload(self, name: str, target: Any, source: memoryview | DeviceData) -> None:
+        raw = source if isinstance(source, memoryview) else source.to_host()
+        ctypes.memmove(target.data_ptr(), bytes(raw), raw.nbytes)
+
+    def keep(self, source: Any, num_bytes: int) -> DeviceData:
+        return KeptBytes(source[:num_bytes].clone(), self.device)
 
     def download(self, source: Any, num_bytes: int) -> memoryview:
         return memoryview(bytes(source[:num_bytes].numpy()))

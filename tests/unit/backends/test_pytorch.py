@@ -17,6 +17,7 @@ from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import Internal, InvalidArgument, NotFound
 from enginehouse.types import Tensor
 from enginehouse_backends.pytorch import PyTorchBackend
+from enginehouse_backends.pytorch.instance import TorchDeviceData
 
 from . import torch_models
 
@@ -285,3 +286,11 @@ def test_shared_weights_are_loaded_once(tmp_path: Path) -> None:
 def test_models_live_in_a_process_or_with_their_gpu() -> None:
     assert BACKEND.host_kind(config_of()) is HostKind.PROCESS
     assert BACKEND.host_kind(config_of("instance_group { kind: KIND_GPU }")) is HostKind.DEVICE
+
+
+def test_ranges_of_tensors_on_a_device_are_joined_there() -> None:
+    first, second = (TorchDeviceData(torch.arange(6, dtype=torch.float32) + start) for start in (0, 10))
+    joined = first.part(8, 8).joined([first.part(8, 8), second.part(4, 12).part(4, 8)])
+    assert isinstance(joined, TorchDeviceData)
+    assert np.frombuffer(joined.to_host(), np.float32).tolist() == [2, 3, 12, 13]
+    assert first.joined([first, memoryview(b"1234")]) is None

@@ -17,7 +17,7 @@ from google.protobuf import text_format
 from enginehouse.backend import HostKind, LoadContext
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import EnginehouseError, InvalidArgument, NotFound, Unavailable, Unsupported
-from enginehouse.types import DataType, Tensor
+from enginehouse.types import DataType, DeviceData, Tensor
 from enginehouse_backends.tensorrt_engine import TensorRTBackend, check_against, complete_from, load_plugins
 from enginehouse_backends.tensorrt_engine.engine import Engine
 from enginehouse_backends.tensorrt_engine.instance import TensorRTInstance, new_output_allocator
@@ -90,6 +90,24 @@ def test_output_whose_size_only_running_tells_comes_through_an_allocator(library
     instance, _ = instance_of(library, tmp_path, content)
     for array in ([[1, -1, 2]], [[-1, -1]], [[5, 6, 7, 8]]):
         assert run(instance, x=np.array(array, np.float32)).tolist() == [value for value in array[0] if value > 0]
+
+
+def test_a_kept_output_is_the_next_plans_input_on_the_device_and_outlives_the_next_batch(
+    library: Any, tmp_path: Path
+) -> None:
+    first, _ = instance_of(library, tmp_path, ADD_ONE)
+    first.kept_outputs = frozenset(["y"])
+    kept = first.run({"x": Tensor.from_numpy("x", ones(4, 3))}, [])["y"]
+    assert isinstance(kept.data, DeviceData)
+    run(first, x=ones(4, 8) * 7)  # writes into the same buffers
+    for text in ("", "max_batch_size: 4 optimization { cuda { graphs: true } }"):
+        fixed = plan(
+            [tensor("x", [-1, 3]), tensor("y", [-1, 3], output=True)], [{"x": [[1, 3], [2, 3], [4, 3]]}], "add_one"
+        )
+        second, memory = instance_of(library, tmp_path, fixed, text)
+        found = second.run({"x": Tensor("x", kept.datatype, kept.shape, kept.data)}, [])["y"]
+        assert found.numpy().tolist() == [[3] * 3] * 4
+        assert bool(memory.num_replayed) is bool(text)
 
 
 def shape_plan() -> bytes:

@@ -41,14 +41,26 @@ def test_missing_bytes_are_those_of_every_device_that_lacks_them() -> None:
 
 def test_measurements_replace_claims_even_if_they_are_larger() -> None:
     ledger = Ledger({"cuda:0": 4 * GIB})
-    ledger.book([entry("a", GIB)])
-    ledger.replace("a", 1, [MemoryEntry("a", 1, "cuda:0", "weights", 5 * GIB, measured=True)])
+    booking = ledger.book([entry("a", GIB)])
+    ledger.replace(booking, [MemoryEntry("a", 1, "cuda:0", "weights", 5 * GIB, measured=True)])
     assert ledger.free_bytes("cuda:0") == -GIB
 
 
-def test_release_gives_everything_of_that_version_back() -> None:
+def test_a_load_that_grows_is_refused_as_a_new_one_would_be() -> None:
     ledger = Ledger({"cuda:0": 4 * GIB})
-    ledger.book([entry("a", GIB), MemoryEntry("a", 2, "cuda:0", "weights", GIB)])
-    assert ledger.release("a", 1) == GIB
-    assert [e.version for e in ledger.entries()] == [2]
-    assert ledger.release("a", 1) == 0
+    booking = ledger.book([entry("a", 2 * GIB)])
+    ledger.extend(booking, [entry("a", GIB, kind="workspace")])
+    with pytest.raises(ResourceExhausted, match=r"needs 2\.00 GiB on cuda:0, 1\.00 GiB of 4\.00 GiB are free"):
+        ledger.extend(booking, [entry("a", 2 * GIB, kind="workspace")])
+    assert ledger.free_bytes("cuda:0") == GIB
+
+
+def test_the_old_build_of_a_version_takes_nothing_of_the_new_one_with_it() -> None:
+    ledger = Ledger({"cuda:0": 4 * GIB})
+    old = ledger.book([entry("a", GIB)])
+    new = ledger.book([entry("a", 2 * GIB)])
+    ledger.replace(new, [MemoryEntry("a", 1, "cuda:0", "weights", 2 * GIB, measured=True)])
+    assert ledger.booked_bytes("cuda:0") == 3 * GIB
+    ledger.release(old)
+    ledger.release(old)
+    assert ledger.booked_bytes("cuda:0") == 2 * GIB

@@ -28,6 +28,7 @@ from enginehouse.execution.mailbox import Mailbox
 from enginehouse.execution.thread_host import ThreadHostedModel, load_in_threads
 from enginehouse.types import InferRequest, InferResponse, Tensor
 
+PATIENCE_S = 0.05
 CONFIG = """
 name: "m" max_batch_size: 8
 input [{ name: "X" data_type: TYPE_INT32 dims: [2] }]
@@ -70,6 +71,22 @@ class Waiting(RequestInstance):
         request.sink(InferResponse(final=True, has_response=False))
 
 
+class Stuck(TensorInstance):
+    """Does not come back until it is let go."""
+
+    def __init__(self, let_go: threading.Event) -> None:
+        self.let_go = let_go
+
+    def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> Mapping[str, Tensor]:
+        self.let_go.wait()
+        return {"Y": inputs["X"]}
+
+
+class FailingToClose(Doubling):
+    def close(self) -> None:
+        raise RuntimeError("can't close")
+
+
 class OfClass(Backend, Model):
     """A backend of one instance class."""
 
@@ -95,7 +112,7 @@ async def hosted(make: Callable[[], Instance], num_instances: int = 1) -> AsyncI
     context = LoadContext(config, 1, Path("/nowhere"))
     backend = OfClass(make)
     placements = [Placement(f"m_0_{index}") for index in range(num_instances)]
-    model = await load_in_threads(backend, context, placements, Mailbox(asyncio.get_running_loop()))
+    model = await load_in_threads(backend, context, placements, Mailbox(asyncio.get_running_loop()), PATIENCE_S)
     try:
         yield model
     finally:
@@ -264,3 +281,41 @@ async def test_mailbox_loses_nothing_between_threads() -> None:
     for thread in threads:
         thread.join()
     assert sorted(seen) == sorted(list(range(1000)) * 4)
+
+
+@pytest.mark.asyncio
+async def test_a_stuck_thread_is_left_behind_and_its_memory_stays_booked_until_it_returns() -> None:
+    let_go = threading.Event()
+    async with hosted(lambda: Stuck(let_go)) as model:
+        gone = asyncio.Event()
+        model.on_closed = gone.set
+        seen = Seen()
+        model.instances[0].execute(seen.batch(request_of(1)))
+        remains = await model.close()
+        [(_, response)] = seen.responses
+        assert str(response.error) == "instance 'm_0_0' was to go and answered nothing for 0.05 s"
+        assert remains is not None
+        assert "instance 'm_0_0' still runs" in remains.text
+        assert not gone.is_set()
+        let_go.set()
+        await remains.gone
+        assert gone.is_set()
+
+
+@pytest.mark.asyncio
+async def test_whoever_ends_a_model_says_why_its_requests_fail() -> None:
+    let_go = threading.Event()
+    async with hosted(lambda: Stuck(let_go), 2) as model:
+        seen = Seen()
+        model.instances[0].execute(seen.batch(request_of(1)))
+        let_go_soon = asyncio.get_running_loop().call_later(0.05, let_go.set)
+        assert await model.end("was stopped with the server") is None
+        [(_, response)] = seen.responses
+        assert str(response.error) == "instance 'm_0_0' was stopped with the server"
+        let_go_soon.cancel()
+
+
+@pytest.mark.asyncio
+async def test_a_backend_that_fails_to_close_is_closed_all_the_same() -> None:
+    async with hosted(FailingToClose) as model:
+        assert await model.close() is None

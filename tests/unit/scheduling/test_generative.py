@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from enginehouse.errors import Cancelled, InvalidArgument
+from enginehouse.execution.generations import Generations
 from enginehouse.scheduling.generative import GenerativeScheduler
 from enginehouse.types import (
     FinishReason,
@@ -31,6 +32,7 @@ class Engine:
     asked: list[GenerateRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     emits: dict[str, Callable[[TokenEvent], None]] = field(default_factory=dict)
+    generations: Generations = field(default_factory=Generations)
 
     def submit(self, request: GenerateRequest, emit: Callable[[TokenEvent], None]) -> None:
         self.asked.append(request)
