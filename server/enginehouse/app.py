@@ -20,6 +20,7 @@ from enginehouse.core import Core
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution.backends import installed_backends
 from enginehouse.execution.hosts import ModelHosts, host_options
+from enginehouse.frontends.cloud.vertex_ai import vertex_ai_problem
 from enginehouse.frontends.serving import FrontEnd, front_ends
 from enginehouse.observe.hosting_families import (
     build_family,
@@ -112,7 +113,10 @@ class Server:
 
     async def start(self) -> None:
         """Raises StartFailed; then nothing is left running."""
-        self._front_ends = front_ends(self.core, self.options)
+        try:
+            self._front_ends = front_ends(self.core, self.options)
+        except EnginehouseError as error:
+            raise StartFailed(error.message) from error
         for front_end in self._front_ends:
             await _started(front_end)
         try:
@@ -128,6 +132,10 @@ class Server:
                 logger.error("%s: %s", name, problem)
             if self.options.exit_on_error:
                 raise StartFailed("creating server: Internal - failed to load all models")
+        if self.options.allow_vertex_ai:
+            problem = vertex_ai_problem(self.core, self.options.vertex_ai_default_model)
+            if problem:
+                raise StartFailed(problem)
         self.core.started = True
         for table in self._tables():
             logger.info(table, extra=unescaped())
@@ -308,5 +316,10 @@ def run(options: ServerOptions) -> int:
     sys.setswitchinterval(GIL_SWITCH_INTERVAL_S)
     for line in options.warnings:
         print(line, file=sys.stderr)
-    with ServerLogging(_log_settings(options)) as logs:
+    try:
+        logging_to = ServerLogging(_log_settings(options))
+    except EnginehouseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    with logging_to as logs:
         return uvloop.run(_serve(options, logs))

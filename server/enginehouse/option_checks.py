@@ -38,6 +38,8 @@ def refuse_conflicts(options: ServerOptions) -> None:
             "found multiple cache configurations, but only single cache is currently supported: "
             + ", ".join(sorted(options.caches))
         )
+    if options.load_model and options.model_control_mode != "explicit":
+        raise OptionError("Error: Use of '--load-model' requires setting '--model-control-mode=explicit' as well.")
     if "*" in options.load_model and len(set(options.load_model)) > 1:
         raise OptionError("Wildcard model name '*' must be the ONLY startup model if specified at all.")
     refuse_repeated_apis(options.http_restricted_api, "api")
@@ -58,10 +60,13 @@ def _check_ports(options: ServerOptions) -> None:
                 f"[{safe_range[0]}, {safe_range[1]}]"
             )
         for other, other_address in taken.get(number_, []):
-            if address == other_address or "0.0.0.0" in (address, other_address):
-                raise OptionError(
-                    f"The server cannot listen to {other} requests and {name} requests at the same port {number_}"
-                )
+            if address == other_address:
+                place = f"at the same address and port {address}:{number_}"
+            elif "0.0.0.0" in (address, other_address):
+                place = f"at the same port {number_}"
+            else:
+                continue
+            raise OptionError(f"The server cannot listen to {other} requests and {name} requests {place}")
         taken.setdefault(number_, []).append((name, address))
 
 
@@ -78,9 +83,28 @@ def _listeners(options: ServerOptions) -> list[tuple[str, bool, str, int]]:
 
 
 def warnings(options: ServerOptions) -> tuple[str, ...]:
+    found = []
     if options.disable_auto_complete_config and options.strict_model_config is False:
-        return (
+        found.append(
             "Warning: Overriding deprecated '--strict-model-config' from False to True in favor of "
-            "'--disable-auto-complete-config'!",
+            "'--disable-auto-complete-config'!"
         )
-    return ()
+    given = {(setting.scope, setting.key) for setting in options.trace_config}
+    for (scope, key), old in _OLD_TRACE_FLAGS.items():
+        value = getattr(options, f"trace_{old}")
+        if (scope, key) in given and value not in ("", (), None):
+            what = f"{key} value" if key in ("rate",) else key
+            found.append(
+                f"Warning: Overriding deprecated '--trace-{old.replace('_', '-')}' in favor of provided {what} "
+                "in --trace-config!"
+            )
+    return tuple(found)
+
+
+_OLD_TRACE_FLAGS = {
+    ("triton", "file"): "file",
+    ("", "level"): "level",
+    ("", "rate"): "rate",
+    ("", "count"): "count",
+    ("triton", "log-frequency"): "log_frequency",
+}

@@ -103,6 +103,29 @@ def count(text: str) -> int:
     return number
 
 
+def at_least_one(flag: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        number = integer(text)
+        if number <= 0:
+            raise OptionError(f"Error: --{flag} must be greater than 0. Got {text}")
+        return number
+
+    return _with_form("integer", parse)
+
+
+def grpc_threads(text: str) -> int:
+    number = integer(text)
+    if not 2 <= number <= 128:
+        raise OptionError(f"invalid argument for --grpc_infer_thread_count. Must be in the range 2 to 128. Got {text}")
+    return number
+
+
+def config_name(value: str) -> str:
+    if not value:
+        raise OptionError("Error: empty argument for --model-config-name")
+    return value
+
+
 def port(text: str) -> int:
     """0 asks the system for a free one."""
     number = integer(text)
@@ -156,19 +179,19 @@ def pattern(value: str) -> str:
 def setting(flag: str, what: str, scoped: bool | None = None) -> Callable[[str], Setting]:
     """`<what>,<key>=<value>`. `scoped` True demands the scope, False forbids it, None leaves it open."""
     form = "<setting>=<value>" if scoped is False else f"<{what}>,<setting>=<value>"
-    expected = f"--{flag} option format is {form}. Got "
+    got = f"{form}. Got " if scoped is False else f"'{form}'. Got "
+    without_scope = f"{form}. Got " if scoped else f"{form} or <setting>=<value>. Got "
+    expected = f"--{flag} option format is "
 
     def parse(value: str) -> Setting:
         head, equals, tail = value.partition("=")
         scope, comma, key = head.partition(",")
         if not comma:
             scope, key = "", head
-        elif not scope:
-            raise OptionError(f"No {what.split()[0]} specified. {expected}{value}")
-        if scoped and not scope:
-            raise OptionError(f"No {what.split()[0]} specified. {expected}{value}")
+        if not scope and (comma or scoped):
+            raise OptionError(f"No {what.removesuffix(' name')} specified. {expected}{without_scope}{value}")
         if not equals or not key or not tail or (scoped is False and comma):
-            raise OptionError(f"{expected}{value}")
+            raise OptionError(f"{expected}{got}{value}")
         return Setting(scope, key, tail)
 
     return _with_form(form.strip("<>").replace(">,<", ",").replace(">=<", "="), parse)

@@ -115,7 +115,9 @@ class ServerOptions:
     strict_model_config: bool | None = _repository(
         None, boolean, "Require complete configs.", deprecated="--disable-auto-complete-config"
     )
-    model_config_name: str = _repository("", text, "Prefer configs/<name>.pbtxt of each model over its config.pbtxt.")
+    model_config_name: str = _repository(
+        "", option_values.config_name, "Prefer configs/<name>.pbtxt of each model over its config.pbtxt."
+    )
     model_load_thread_count: int = _repository(4, count, "Models that load at the same time.")
     model_load_retry_count: int = _repository(0, count, "Further tries when a model fails to load.")
     model_namespacing: bool = _repository(False, boolean, "Allow models of the same name in different repositories.")
@@ -130,7 +132,11 @@ class ServerOptions:
     reuse_http_port: bool = _http(False, boolean, "Set SO_REUSEPORT.")
     http_header_forward_pattern: str = _http("", pattern, "Headers that match become request parameters.")
     http_thread_count: int = _http(8, count, "One event loop serves all connections.", has_effect=False)
-    http_max_input_size: int = _http(67108864, count, "Largest request body in bytes, also after decompression.")
+    http_max_input_size: int = _http(
+        67108864,
+        option_values.at_least_one("http-max-input-size"),
+        "Largest request body in bytes, also after decompression.",
+    )
     http_use_ssl: bool = _http(False, boolean, "Serve TLS (HTTPS).")
     http_use_ssl_mutual: bool = _http(False, boolean, "Serve TLS and demand client certificates.")
     http_server_cert: str = _http("", text, "PEM certificate of the server.")
@@ -146,12 +152,17 @@ class ServerOptions:
     grpc_port: int = _grpc(8001, port, "Port to listen on.")
     reuse_grpc_port: bool = _grpc(False, boolean, "Set SO_REUSEPORT.")
     grpc_header_forward_pattern: str = _grpc("", pattern, "Metadata that match become request parameters.")
-    grpc_infer_thread_count: int = _grpc(2, count, "Threads of Triton's; there are none here.", has_effect=False)
+    grpc_infer_thread_count: int = _grpc(
+        2, option_values.grpc_threads, "Threads of Triton's; there are none here.", has_effect=False
+    )
     grpc_infer_allocation_pool_size: int = _grpc(
         8, count, "Triton's pool of messages; there is none here.", has_effect=False
     )
     grpc_max_response_pool_size: int = _grpc(
-        2147483647, count, "Answers of one stream that may wait for a slow client.", has_effect=False
+        2147483647,
+        option_values.at_least_one("grpc-max-response-pool-size"),
+        "Answers of one stream that may wait for a slow client.",
+        has_effect=False,
     )
     grpc_use_ssl: bool = _grpc(False, boolean, "Serve TLS.")
     grpc_use_ssl_mutual: bool = _grpc(False, boolean, "Serve TLS and demand client certificates.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -33,3 +34,9 @@ def test_command_that_cannot_be_imported_says_why(monkeypatch: pytest.MonkeyPatc
 
 def test_unknown_command_is_refused() -> None:
     assert CliRunner().invoke(cli.main, ["dance"]).exit_code == 2
+
+
+def test_a_log_file_that_cannot_be_written_is_refused_plainly(tmp_path: Path) -> None:
+    answer = CliRunner().invoke(cli.main, ["serve", f"--model-repository={tmp_path}", "--log-file=/no/such/file"])
+    assert answer.exit_code == 1
+    assert answer.output == "error: can't write --log-file /no/such/file: No such file or directory\n"

@@ -69,7 +69,8 @@ def test_a_beginning_that_only_one_flag_has_stands_for_it() -> None:
 
 
 def test_repeated_flags_and_aliases_collect() -> None:
-    options = parse("--model-repository=/a", "--model-store", "/b", "--load-model=x", "--load-model=y")
+    options = parse("--model-repository=/a", "--model-store", "/b", "--load-model=x", "--load-model=y",
+                    "--model-control-mode=explicit")  # fmt: skip
     assert options.model_repository == ("/a", "/b")
     assert options.load_model == ("x", "y")
 
@@ -122,7 +123,14 @@ def test_structured_values() -> None:
         (["--rate-limit=slow"], "invalid argument for --rate-limit"),
         (["--rate-limit-resource=R"], "option format is '<resource_name>:<count>:<device>'"),
         (["--cache-config=size=3"], "No cache specified. --cache-config option format is"),
-        (["--backend-config=python,x"], "--backend-config option format is"),
+        (["--cache-config=local,x"], "--cache-config option format is '<cache name>,<setting>=<value>'. Got local,x"),
+        (["--backend-config=python,x"], "--backend-config option format is '<backend name>,<setting>=<value>'. Got"),
+        (["--backend-config=,a=b"], "No backend specified. --backend-config option format is <backend name>,<setting>"),
+        (["--trace-config=,a=b"], "<trace mode>,<setting>=<value> or <setting>=<value>. Got ,a=b"),
+        (["--grpc-infer-thread-count=1"], "Must be in the range 2 to 128."),
+        (["--grpc-max-response-pool-size=0"], "Error: --grpc-max-response-pool-size must be greater than 0."),
+        (["--http-max-input-size=0"], "Error: --http-max-input-size must be greater than 0."),
+        (["--model-config-name="], "Error: empty argument for --model-config-name"),
         (["--metrics-config=a,b=c"], "--metrics-config option format is <setting>=<value>. Got a,b=c"),
         (["--http-restricted-api=model-reposit:k=v"], "unknown restricted api 'model-reposit'"),
         (["--grpc-restricted-protocol=model-reposit:k=v"], "unknown restricted protocol 'model-reposit'"),
@@ -138,8 +146,13 @@ def test_refusals_name_the_flag_and_what_is_wrong(argv: list[str], text: str) ->
     [
         (["--response-cache-byte-size=1", "--cache-config=redis,host=h"], "incompatible flags"),
         (["--cache-config=local,size=1", "--cache-config=redis,host=h"], "multiple cache configurations"),
-        (["--load-model=*", "--load-model=x"], "wildcard model name '*' must be the only startup model"),
-        (["--grpc-port=8000"], "cannot listen to http requests and grpc requests at the same port"),
+        (["--load-model=x"], "error: use of '--load-model' requires setting '--model-control-mode=explicit' as well."),
+        (
+            ["--model-control-mode=explicit", "--load-model=*", "--load-model=x"],
+            "wildcard model name '*' must be the only startup model",
+        ),
+        (["--grpc-port=8000"], "listen to http requests and grpc requests at the same address and port 0.0.0.0:8000"),
+        (["--grpc-port=8000", "--grpc-address=1.2.3.4"], "http requests and grpc requests at the same port 8000"),
         (
             ["--http-restricted-api=health:a=b", "--http-restricted-api=metadata,health:c=d"],
             "api 'health' can not be specified in multiple config groups",
@@ -182,6 +195,10 @@ def test_deprecated_flags_work_and_warn() -> None:
     assert not options.complete_configs
     assert any("--response-cache-byte-size' has been deprecated" in line for line in options.warnings)
     assert any("Overriding deprecated '--strict-model-config'" in line for line in options.warnings)
+    given = ["--trace-file=/old", "--trace-config=triton,file=/new", "--trace-rate=5", "--trace-config=level=OFF"]
+    options = parse(*given)
+    overriding = [line for line in options.warnings if "Overriding" in line]
+    assert overriding == ["Warning: Overriding deprecated '--trace-file' in favor of provided file in --trace-config!"]
 
 
 def test_a_flag_beats_a_variable_beats_the_file(tmp_path: Path) -> None:

@@ -32,11 +32,17 @@ def cores_of_policies(policies: Mapping[str, Mapping[str, str]], nodes: Path = _
     for name, settings in policies.items():
         for key, value in settings.items():
             if key not in ("cpu-cores", "numa-node"):
-                raise InvalidArgument(f"host policy '{name}' has no setting '{key}'; there are cpu-cores and numa-node")
+                raise InvalidArgument(
+                    f"Unsupported host policy setting '{key}' is specified for '{name}', supported settings are "
+                    "'numa-node', 'cpu-cores'"
+                )
             try:
                 cores = parse_cores(value if key == "cpu-cores" else (nodes / f"node{int(value)}/cpulist").read_text())
-            except (OSError, ValueError) as problem:
-                raise InvalidArgument(f"host policy '{name}': {key}={value}: {problem}") from problem
+            except ValueError as problem:
+                form = "cores such as 0-3,8" if key == "cpu-cores" else "the number of a NUMA node"
+                raise InvalidArgument(f"host policy '{name}': {key} is {form}, got '{value}'") from problem
+            except OSError as problem:
+                raise InvalidArgument(f"host policy '{name}': this machine has no NUMA node {value}") from problem
             if key == "cpu-cores" or name not in found:
                 found[name] = cores
     return found

@@ -33,6 +33,10 @@ Handle: TypeAlias = Callable[[HttpRequest], Awaitable[Reply]]
 RefuseLarge: TypeAlias = Callable[[Request, int], HttpResponse]
 
 _STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n" for s in HTTPStatus}
+_TITLES = {
+    "HTTP": "HTTPService", "SageMaker": "Sagemaker HTTPService", "Vertex AI": "Vertex AI HTTPService",
+}  # fmt: skip
+"""What scripts look for in the log."""
 _SCRATCH_BYTES = 65536
 _JOIN_LIMIT_BYTES = 65536
 _MAX_PIPELINED = 32
@@ -88,7 +92,7 @@ class HttpServer:
             tls=tls,
         )
         self.port = port_of(self._listener, self.port)
-        title = "HTTPService" if self._name == "HTTP" else f"{self._name} Service"
+        title = _TITLES.get(self._name, f"{self._name} Service")
         _logger.info("Started %s at %s", title, socket_name(self._address, self.port))
         self._sweep = loop.call_later(_STALL_S / 2, self._close_stalled, loop)
 

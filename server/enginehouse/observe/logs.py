@@ -202,7 +202,10 @@ class LogHandler(logging.Handler):
         self._settings = settings
         self._file: TextIO | None = None
         if settings.file:
-            self._file = Path(settings.file).open("a", buffering=1)  # noqa: SIM115 (closed by `close`)
+            try:
+                self._file = Path(settings.file).open("a", buffering=1)  # noqa: SIM115 (closed by `close`)
+            except OSError as error:
+                raise InvalidArgument(f"can't write --log-file {settings.file}: {error.strerror}") from None
 
     def emit(self, record: logging.LogRecord) -> None:
         if not self._settings.shows(record.levelno):

@@ -6,6 +6,7 @@ Blocking (files, downloads): call it in a thread. Nothing here changes what serv
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from enginehouse.config import completion, reading, validation
-from enginehouse.config.artifacts import version_folders
+from enginehouse.config.artifacts import is_version_name, version_folders
 from enginehouse.config.schema import ModelConfig, ModelServing
 from enginehouse.errors import EnginehouseError
 from enginehouse.repository.agents import AgentChain, Agents
@@ -28,6 +29,11 @@ from enginehouse.repository.definition import (
 )
 from enginehouse.repository.layout import Entry, belongs_to, files_of, models_in, pick_versions
 from enginehouse.repository.storage import LocalRoot, Root
+
+logger = logging.getLogger("enginehouse.repository")
+
+_NO_VERSIONS = frozenset(("configs", "initial_state", "warmup"))
+_NO_NUMBER = "fails to convert to integral number"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,7 @@ class Repositories:
         self._agents = agents or Agents()
         self._has_namespaces = has_namespaces
         self._overrides: dict[str, KeptOverride] = {}
+        self._ignored: set[Path] = set()
         self._prepared: dict[str, tuple[str, AgentChain]] = {}
 
     @property
@@ -177,12 +184,25 @@ class Repositories:
             self._enter_namespace(config, found.name)
         bare = {1: folder} if found.bare_file is not None else None
         versions = pick_versions(config, bare or version_folders(folder, config))
+        self._warn_of_ignored(folder)
         fingerprints = {
             version: _fingerprint(found.files() if bare else files_of(path), path) for version, path in versions.items()
         }
         return ModelDefinition(
             found.name, folder, config, sorted(versions), fingerprints, (found.keeper, chain), found.place, chain
         )
+
+    def _warn_of_ignored(self, folder: Path) -> None:
+        """Of folders beside versions that look as if they were meant to be some; once each."""
+        names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+        if not any(is_version_name(name) for name in names):
+            return
+        for name in sorted(names):
+            if is_version_name(name) or name in _NO_VERSIONS or name[0] in "._" or folder / name in self._ignored:
+                continue
+            self._ignored.add(folder / name)
+            why = "contains leading zeros in its directory name" if name.isdigit() else _NO_NUMBER
+            logger.warning("ignore version directory '%s' which %s (in %s)", name, why, folder)
 
     def _enter_namespace(self, config: ModelConfig, key: str) -> None:
         """Its own name and its members' get their namespaces: an ensemble takes those beside it first."""

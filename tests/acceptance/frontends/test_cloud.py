@@ -140,3 +140,24 @@ def test_vertex_sends_predictions_on_to_any_endpoint(vertex: str) -> None:
     assert redirected(vertex, "nothing")[0] == 400
     assert ask("GET", f"{vertex}/predict")[0] == 405
     assert ask("GET", f"{vertex}/elsewhere")[0] == 400
+
+
+ROUTES = {"AIP_PREDICT_ROUTE": "/predict", "AIP_HEALTH_ROUTE": "/health"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "text"),
+    [
+        ({"AIP_HEALTH_ROUTE": "/health"}, [], "API_PREDICT_ROUTE is not defined for Vertex AI endpoint"),
+        ({"AIP_PREDICT_ROUTE": "/predict"}, [], "AIP_HEALTH_ROUTE is not defined for Vertex AI endpoint"),
+        (ROUTES, ["--vertex-ai-default-model=nobody"], "Expect the default model 'nobody' is loaded"),
+        (ROUTES, [], "Expect the model repository contains only a single model if default model is not specified"),
+    ],
+)
+def test_vertex_does_not_start_without_what_it_needs(environment: dict[str, str], flags: list[str], text: str) -> None:
+    flags = ["--model-control-mode=explicit", "--allow-vertex-ai=true", f"--vertex-ai-port={free_port()}", *flags]
+    with ServerProcess([MODELS], flags, environment=environment, wait_ready=False) as server:
+        assert server.process is not None
+        assert server.process.wait(60) == 1
+        assert f"error: failed to start Vertex AI service: Invalid argument - {text}" in server.log
+        assert "Traceback" not in server.log

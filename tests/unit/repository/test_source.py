@@ -105,6 +105,19 @@ def test_models_may_wait_for_their_first_request(root: Path) -> None:
     assert [name for name in ("m", "lazy", "bad", "nobody") if source.is_on_demand(name)] == ["lazy"]
 
 
+def test_folders_that_look_like_versions_and_are_none_are_told_of_once(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(root, {"m/003/model.py": "", "m/abc/model.py": "", "m/warmup/data": "", "m/.git/x": ""})
+    source = Repositories([root])
+    for _ in range(2):
+        assert list(source.poll("m", None).versions) == [2]
+    assert [record.getMessage().partition(" (in")[0] for record in caplog.records] == [
+        "ignore version directory '003' which contains leading zeros in its directory name",
+        "ignore version directory 'abc' which fails to convert to integral number",
+    ]
+
+
 def test_an_override_that_loaded_stays_until_the_files_change(root: Path) -> None:
     source = Repositories([root])
     source.loaded(source.poll("m", Override(config='{"max_batch_size": 9}')))

@@ -14,6 +14,7 @@ from enginehouse.frontends.http_routes import Router
 REDIRECT_HEADER = "x-vertex-ai-triton-redirect"
 _BINARY = BinaryType("vertex-ai")
 _BAD_REQUEST = HttpResponse(400, TEXT)
+_FAILED = "failed to start Vertex AI service: Invalid argument - "
 
 
 class VertexAI:
@@ -26,9 +27,12 @@ class VertexAI:
         self._default_model = default_model
         self._predict_route = environment.get("AIP_PREDICT_ROUTE", "")
         self._health_route = environment.get("AIP_HEALTH_ROUTE", "")
-        for name, route in (("PREDICT", self._predict_route), ("HEALTH", self._health_route)):
-            if not route:
-                raise InvalidArgument(f"AIP_{name}_ROUTE is not defined for Vertex AI endpoint")
+        if not self._predict_route:  # with Triton's slip of the pen, which scripts look for
+            raise InvalidArgument(
+                f"{_FAILED}API_PREDICT_ROUTE is not defined for Vertex AI endpoint (the variable AIP_PREDICT_ROUTE)"
+            )
+        if not self._health_route:
+            raise InvalidArgument(f"{_FAILED}AIP_HEALTH_ROUTE is not defined for Vertex AI endpoint")
 
     async def handle(self, http: HttpRequest) -> Reply:
         if http.path == self._health_route:
@@ -52,14 +56,28 @@ class VertexAI:
         return _BINARY.reply(await self._v2.handle(_sent_on(request, path, method)))
 
     def _model(self) -> str:
-        if self._default_model:
-            return self._default_model
-        names = {served.name for served in self._core.registry.all_ready()}
-        if len(names) != 1:
-            raise InvalidArgument(
-                "Expect the model repository contains only a single model if default model is not specified"
-            )
-        return names.pop()
+        return self._default_model or _only_model(self._core)
+
+
+def vertex_ai_problem(core: Core, default_model: str) -> str:
+    """Why Vertex AI can't be served once the models of the start are loaded; "" if it can."""
+    try:
+        if not default_model:
+            _only_model(core)
+        elif not core.is_model_ready(default_model):
+            return f"{_FAILED}Expect the default model '{default_model}' is loaded"
+    except InvalidArgument as problem:
+        return f"{_FAILED}{problem}"
+    return ""
+
+
+def _only_model(core: Core) -> str:
+    names = {served.name for served in core.registry.all_ready()}
+    if len(names) != 1:
+        raise InvalidArgument(
+            "Expect the model repository contains only a single model if default model is not specified"
+        )
+    return names.pop()
 
 
 def _sent_on(http: HttpRequest, path: str, method: str) -> HttpRequest:
