@@ -151,6 +151,17 @@ class Registry:
             raise Unavailable(f"Request for unknown model: '{name}' version {number} is not at ready state")
         return entry.served
 
+    def why_unready(self, name: str) -> str:
+        """Why no version of it can be asked: what loading the newest one failed with, or what it is busy with.
+
+        "" if one is ready, or if no load was tried.
+        """
+        record = self.models.get(self.resolve(name))
+        if record is None or record.default is not None or not record.versions:
+            return ""
+        entry = record.versions[max(record.versions)]
+        return entry.reason or entry.state.value.lower()
+
     def is_ready(self, name: str, version: str = "") -> bool:
         number = parse_version(version)
         record = self.models.get(self.resolve(name))

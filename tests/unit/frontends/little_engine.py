@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from enginehouse.config.schema import ModelConfig
@@ -146,7 +146,13 @@ class Hosted:
     generative: LetterEngine
 
 
-def letter_server(engine: LetterEngine, names: Sequence[str] = ("letters",), **options: object) -> Router:
+def letter_server(
+    engine: LetterEngine,
+    names: Sequence[str] = ("letters",),
+    failed: Mapping[str, str] | None = None,
+    **options: object,
+) -> Router:
+    """`failed`: models that could not be loaded, and why."""
     chosen = ServerOptions(**options)  # type: ignore[arg-type]  # the tests' own names
     registry = Registry()
     core = Core(registry, options=chosen, tracing=None, logs=LogSettings(), metrics=None)
@@ -155,4 +161,6 @@ def letter_server(engine: LetterEngine, names: Sequence[str] = ("letters",), **o
         served = ServedVersion(name, 1, ModelConfig(name=name), {}, {}, generative=True)
         served.hosted = Hosted(engine)
         registry.set_state(name, 1, VersionState.READY, served=served)
+    for name, reason in (failed or {}).items():
+        registry.set_state(name, 1, VersionState.UNAVAILABLE, reason)
     return Router(OpenAIFrontEnd(core, chosen).routes(), RestrictedApis(()))

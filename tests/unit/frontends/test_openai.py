@@ -302,3 +302,24 @@ async def test_restricted_groups_need_their_header(engine: LetterEngine) -> None
     assert (await ask(router, "/v1/completions", {"prompt": "hi"})).status == 401
     assert (await ask(router, "/v1/completions", {"prompt": "hi"}, key="secret")).status == 200
     assert (await ask(router, "/v1/models", method="GET")).status == 200
+
+
+BROKEN = "InvalidArgument: model.safetensors is cut short"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("names", [(), ("letters",)])
+async def test_a_model_that_failed_to_load_is_refused_with_the_reason(
+    engine: LetterEngine, names: tuple[str, ...]
+) -> None:
+    router = letter_server(engine, names, failed={"broken": BROKEN})
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        document = {"model": "broken", "prompt": "hi", "messages": [{"role": "user", "content": "hi"}]}
+        status, refusal = await answer(router, path, document)
+        assert (status, refusal["error"]["message"]) == (404, f"The model 'broken' is not available: {BROKEN}")
+    reply = await ask(router, "/v1/models/broken", method="GET")
+    assert isinstance(reply, HttpResponse)
+    assert (reply.status, BROKEN.encode() in joined(reply)) == (404, True)
+    listing = await ask(router, "/v1/models", method="GET")
+    assert isinstance(listing, HttpResponse)
+    assert [model["id"] for model in json.loads(joined(listing))["data"]] == list(names)

@@ -16,7 +16,7 @@ from enginehouse.frontends.http_message import NOT_FOUND, HttpRequest, HttpRespo
 from enginehouse.frontends.http_routes import PathParts, Route, RouteHandler
 from enginehouse.frontends.openai.errors import BadField, error_reply, named_error
 from enginehouse.frontends.openai.generation import run
-from enginehouse.frontends.openai.handlers import GenerationHandlers, chat_prompt, model_of
+from enginehouse.frontends.openai.handlers import GenerationHandlers, chat_prompt, model_of, not_served
 from enginehouse.frontends.openai.requests import ChatRequest, DetokenizeRequest, TokenizeRequest, decode
 from enginehouse.frontends.openai.restricted import RestrictedOpenAIApis
 from enginehouse.frontends.wire_errors import as_wire_error
@@ -57,7 +57,7 @@ class OpenAIFrontEnd:
         """Errors in this API's shape; and no route at all where there is no language model."""
 
         async def handle(http: HttpRequest, parts: PathParts) -> Reply:
-            if not self._has_models():
+            if not self._may_have_models():
                 return NOT_FOUND
             if (refused := self._refused("inference", http)) is not None:
                 return refused
@@ -81,8 +81,10 @@ class OpenAIFrontEnd:
     def _models(self) -> dict[str, ServedVersion]:
         return {served.name: served for served in self._core.registry.all_ready() if served.generative}
 
-    def _has_models(self) -> bool:
-        return any(served.generative for served in self._core.registry.all_ready())
+    def _may_have_models(self) -> bool:
+        """What isn't ready may be a language model: one to be loaded on demand, or one whose load failed."""
+        records = self._core.registry.models.values()
+        return any(record.default is None or record.default.generative for record in records)
 
     def refuse_large(self, request: Request, max_body_bytes: int) -> HttpResponse:
         """As this API's clients expect it, on its own paths; else as on all others."""
@@ -99,13 +101,15 @@ class OpenAIFrontEnd:
 
     async def _list_models(self, http: HttpRequest, parts: PathParts) -> Reply:
         models = self._models()
-        if not models:
+        if not models and not self._may_have_models():
             return NOT_FOUND
         return _json({"object": "list", "data": [self._describe(served) for served in models.values()]})
 
     async def _show_model(self, http: HttpRequest, parts: PathParts) -> Reply:
         served = self._models().get(parts["model"])
-        return NOT_FOUND if served is None else _json(self._describe(served))
+        if served is not None:
+            return _json(self._describe(served))
+        return error_reply(not_served(self._core, parts["model"])) if self._may_have_models() else NOT_FOUND
 
     def _describe(self, served: ServedVersion) -> dict[str, Any]:
         return {"id": served.name, "object": "model", "created": self._created, "owned_by": OWNER}

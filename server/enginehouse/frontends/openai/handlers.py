@@ -79,10 +79,18 @@ async def model_of(core: Core, name: str) -> ServedVersion:
     try:
         served = await core.loaded_model(name)
     except (NotFound, InvalidArgument):
-        raise NotFound(f"The model '{name}' does not exist.") from None
+        raise not_served(core, name) from None
     if not served.generative:
         raise NotFound(f"The model '{name}' is no language model.")
     return served
+
+
+def not_served(core: Core, name: str) -> NotFound:
+    """Says why, where there is such a model and it could not be loaded."""
+    reason = core.registry.why_unready(name)
+    if reason:
+        return NotFound(f"The model '{name}' is not available: {reason}")
+    return NotFound(f"The model '{name}' does not exist.")
 
 
 def _prompts(prompt: str | list[Any] | None) -> list[str | list[int]]:
