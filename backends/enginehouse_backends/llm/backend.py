@@ -67,15 +67,19 @@ _INPUTS = (
     ("exclude_input_in_output", DataType.BOOL, 1, True),
     ("return_finish_reason", DataType.BOOL, 1, True),
     ("return_cumulative_logprob", DataType.BOOL, 1, True),
+    ("return_logprobs", DataType.BOOL, 1, True),
     ("return_num_input_tokens", DataType.BOOL, 1, True),
     ("return_num_output_tokens", DataType.BOOL, 1, True),
+    ("return_token_ids", DataType.BOOL, 1, True),
 )
 _OUTPUTS = (
     ("text_output", DataType.BYTES, -1),
     ("finish_reason", DataType.BYTES, -1),
     ("cumulative_logprob", DataType.FP32, -1),
+    ("logprobs", DataType.BYTES, -1),
     ("num_input_tokens", DataType.UINT32, 1),
     ("num_output_tokens", DataType.UINT32, -1),
+    ("token_ids", DataType.BYTES, -1),
 )
 
 
@@ -99,11 +103,12 @@ class LlmBackend(Backend):
         config.model_transaction_policy.decoupled = True
         if settings.tensor_parallel_size > 1:
             config.serving.llm.tensor_parallel_size = settings.tensor_parallel_size
-        if not config.input:
-            for name, datatype, dim, optional in _INPUTS:
+        given = {tensor.name for tensor in config.input} | {tensor.name for tensor in config.output}
+        for name, datatype, dim, optional in _INPUTS:
+            if name not in given:
                 config.input.append(ModelInput(name=name, data_type=datatype.proto, dims=[dim], optional=optional))
-        if not config.output:
-            for name, datatype, dim in _OUTPUTS:
+        for name, datatype, dim in _OUTPUTS:
+            if name not in given:
                 config.output.append(ModelOutput(name=name, data_type=datatype.proto, dims=[dim]))
         return config
 

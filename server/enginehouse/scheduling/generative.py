@@ -30,15 +30,26 @@ from enginehouse.types import (
     SamplingParameters,
     Tensor,
     TokenEvent,
+    TokenLogprob,
 )
 
 TEXT_INPUT = "text_input"
 TEXT_OUTPUT = "text_output"
 DEFAULT_MAX_TOKENS = 16
+MAX_SEQUENCES = 128
+TRUNCATE = "truncate_prompt_tokens"
 _SAMPLING_FIELDS = frozenset(SamplingParameters.__dataclass_fields__)
 _PROTOCOL_PARAMETERS = frozenset(
     ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "id", "binary_data_output", "stream")
 )
+_FURTHER_FIELDS = frozenset(("n", TRUNCATE, "best_of", "spaces_between_special_tokens", "output_kind"))
+_UNSERVED_FIELDS = {
+    "lora_name": "LoRA feature is not enabled.",
+    "use_beam_search": "'use_beam_search': beam search is not supported",
+    "structured_outputs": "'structured_outputs': constrained output is not supported",
+    "guided_decoding": "'guided_decoding': constrained output is not supported",
+}
+"""Of vLLM's sampling parameters, and of its backend's."""
 
 
 @dataclass(slots=True)
@@ -53,7 +64,18 @@ class _Exchange:
     last: list[TokenEvent | None]
     num_open: int
     failed: bool = False
-    logprobs: list[float] = field(default_factory=list)
+    cumulative_logprobs: list[float] = field(default_factory=list)
+    tells_logprobs: bool = False
+    """Whether the sampling parameters ask for them; `cumulative_logprob` alone makes the engine give them too."""
+    new_logprobs: list[list[Sequence[TokenLogprob]]] = field(default_factory=list)
+    new_token_ids: list[list[int]] = field(default_factory=list)
+    """Since the last response, by sequence; all of them where there is one response."""
+
+    def forget_told(self) -> None:
+        for rows in self.new_logprobs:
+            rows.clear()
+        for ids in self.new_token_ids:
+            ids.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +83,13 @@ class _Switches:
     """What the request wants to know beside the text."""
 
     stream: bool = False
-    exclude_input_in_output: bool = False
+    exclude_input_in_output: bool | None = None
     return_finish_reason: bool = False
     return_cumulative_logprob: bool = False
+    return_logprobs: bool = False
     return_num_input_tokens: bool = False
     return_num_output_tokens: bool = False
+    return_token_ids: bool = False
 
 
 class GenerativeScheduler:
@@ -85,10 +109,13 @@ class GenerativeScheduler:
         if self._closed:
             raise stopped(request)
         switches = read_switches(request.inputs)
-        sampling, num_sequences = read_sampling(request.inputs, request.parameters)
+        sampling, num_sequences, keep = read_sampling(request.inputs, request.parameters)
+        if switches.stream and switches.exclude_input_in_output is False:
+            raise InvalidArgument("When streaming, `exclude_input_in_output` = False is not allowed.")
         if switches.stream and num_sequences > 1:
             raise InvalidArgument("'n' must be 1 with 'stream': the parts of several texts can't be told apart")
-        if switches.return_cumulative_logprob and sampling.logprobs is None:
+        tells_logprobs = sampling.logprobs is not None
+        if switches.return_cumulative_logprob and not tells_logprobs:
             sampling = replace(sampling, logprobs=0)
         number = next(self._numbers)
         exchange = _Exchange(
@@ -99,9 +126,12 @@ class GenerativeScheduler:
             [[] for _ in range(num_sequences)],
             [None] * num_sequences,
             num_sequences,
-            logprobs=[0.0] * num_sequences,
+            cumulative_logprobs=[0.0] * num_sequences,
+            tells_logprobs=tells_logprobs,
+            new_logprobs=[[] for _ in range(num_sequences)],
+            new_token_ids=[[] for _ in range(num_sequences)],
         )
-        self._start(exchange, sampling)
+        self._start(exchange, sampling, keep)
         request.times.queued_ns = time.monotonic_ns()
         request.on_cancel = self._cancel
         request.flow = exchange
@@ -130,7 +160,7 @@ class GenerativeScheduler:
         for exchange in list(self._exchanges.values()):
             self._end(exchange, InferResponse(error=stopped(exchange.request)))
 
-    def _start(self, exchange: _Exchange, sampling: SamplingParameters) -> None:
+    def _start(self, exchange: _Exchange, sampling: SamplingParameters, keep: int | None) -> None:
         """All sequences or none: what a refused one leaves behind is cancelled."""
         request = exchange.request
         self._exchanges[id(exchange)] = exchange
@@ -142,6 +172,7 @@ class GenerativeScheduler:
                 exchange.prompt,
                 replace(sampling, seed=seed),
                 stream=exchange.switches.stream,
+                truncate_prompt_tokens=keep,
                 priority=request.priority,
                 deadline_ns=request.deadline_ns,
                 tenant=request.tenant,
@@ -163,7 +194,10 @@ class GenerativeScheduler:
             self._end(exchange, InferResponse(error=event.error))
             return
         exchange.texts[index].append(event.text)
-        exchange.logprobs[index] += sum(alternatives[0].logprob for alternatives in event.logprobs)
+        exchange.cumulative_logprobs[index] += sum(alternatives[0].logprob for alternatives in event.logprobs)
+        exchange.new_token_ids[index].extend(event.token_ids)
+        if exchange.tells_logprobs:
+            exchange.new_logprobs[index].extend(event.logprobs)
         is_last = event.finish_reason is not None
         exchange.num_open -= is_last
         if event.finish_reason is FinishReason.ABORT and exchange.request.cancelled:
@@ -225,13 +259,20 @@ class GenerativeScheduler:
             reasons = [event.finish_reason.value if event.finish_reason else "None" for event in events]
             outputs.append(_strings("finish_reason", reasons))
         if switches.return_cumulative_logprob:
-            outputs.append(Tensor.from_numpy("cumulative_logprob", np.array(exchange.logprobs, np.float32)))
+            sums = np.array(exchange.cumulative_logprobs, np.float32)
+            outputs.append(Tensor.from_numpy("cumulative_logprob", sums))
+        if switches.return_logprobs:
+            known = exchange.new_logprobs if exchange.tells_logprobs else [None] * len(texts)
+            outputs.append(_strings("logprobs", [_logprobs_json(rows) for rows in known]))
         if switches.return_num_input_tokens:
             count = np.array([events[0].num_prompt_tokens], np.uint32)
             outputs.append(Tensor.from_numpy("num_input_tokens", count))
         if switches.return_num_output_tokens:
-            counts = np.array([event.num_generated_tokens for event in events], np.uint32)
+            counts = np.array([len(ids) for ids in exchange.new_token_ids], np.uint32)
             outputs.append(Tensor.from_numpy("num_output_tokens", counts))
+        if switches.return_token_ids:
+            outputs.append(_strings("token_ids", [_json(ids) for ids in exchange.new_token_ids]))
+        exchange.forget_told()
         wanted = exchange.request.requested_outputs
         return [tensor for tensor in outputs if not wanted or tensor.name in wanted]
 
@@ -239,32 +280,55 @@ class GenerativeScheduler:
 def read_switches(inputs: Mapping[str, Tensor]) -> _Switches:
     """The boolean inputs."""
     names = _Switches.__dataclass_fields__
-    return _Switches(**{name: bool(inputs[name].numpy().reshape(-1)[0]) for name in names if name in inputs})
+    given = {name: inputs[name].numpy().reshape(-1) for name in names if name in inputs}
+    empty = [name for name, values in given.items() if not len(values)]
+    if empty:
+        raise InvalidArgument(f"input '{empty[0]}' must hold one value, found none")
+    return _Switches(**{name: bool(values[0]) for name, values in given.items()})
 
 
 def read_sampling(
     inputs: Mapping[str, Tensor], parameters: Mapping[str, ParameterValue]
-) -> tuple[SamplingParameters, int]:
-    """Sampling parameters and `n`. Raises InvalidArgument, naming the field that is wrong."""
+) -> tuple[SamplingParameters, int, int | None]:
+    """Sampling parameters, `n` and `truncate_prompt_tokens`. Raises InvalidArgument, naming the field that is wrong."""
     values: dict[str, Any] = {key: value for key, value in parameters.items() if key not in _PROTOCOL_PARAMETERS}
     if "sampling_parameters" in inputs:
-        text = text_of(inputs, "sampling_parameters")
-        try:
-            given = msgspec.json.decode(text or "{}")
-        except msgspec.DecodeError as error:
-            raise InvalidArgument(f"'sampling_parameters' is not JSON: {error}") from None
-        if not isinstance(given, dict):
-            raise InvalidArgument(f"'sampling_parameters' must be a JSON object, found {type(given).__name__}")
-        values |= given
+        values |= _sampling_json(text_of(inputs, "sampling_parameters"))
+    values = {key: value for key, value in values.items() if value is not None}
+    _refuse_unserved(values)
     num_sequences = _count_of(values.pop("n", 1))
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
-    known = {key: value for key, value in values.items() if key in _SAMPLING_FIELDS and value is not None}
+    known = {key: value for key, value in values.items() if key in _SAMPLING_FIELDS}
     known.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
     try:
-        return msgspec.convert(known, SamplingParameters, strict=False), num_sequences
+        keep = msgspec.convert(values.get(TRUNCATE), int | None, strict=False)
+        return msgspec.convert(known, SamplingParameters, strict=False), num_sequences, keep
     except msgspec.ValidationError as error:
         raise InvalidArgument(f"sampling parameters: {error}") from None
+
+
+def _sampling_json(text: str) -> dict[str, Any]:
+    try:
+        given = msgspec.json.decode(text or "{}")
+    except msgspec.DecodeError as error:
+        raise InvalidArgument(f"'sampling_parameters' is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise InvalidArgument(f"'sampling_parameters' must be a JSON object, found {type(given).__name__}")
+    unknown = sorted(given.keys() - _SAMPLING_FIELDS - _FURTHER_FIELDS - _UNSERVED_FIELDS.keys())
+    if unknown:
+        raise InvalidArgument(f"'sampling_parameters' has no '{unknown[0]}'; there are: {_field_names()}")
+    return given
+
+
+def _field_names() -> str:
+    return ", ".join(sorted(_SAMPLING_FIELDS | {"n", TRUNCATE}))
+
+
+def _refuse_unserved(values: Mapping[str, Any]) -> None:
+    for name, text in _UNSERVED_FIELDS.items():
+        if values.get(name):
+            raise InvalidArgument(text)
 
 
 def _count_of(value: object) -> int:
@@ -272,8 +336,8 @@ def _count_of(value: object) -> int:
         count = int(str(value))
     except ValueError:
         count = 0
-    if count < 1:
-        raise InvalidArgument(f"'n' must be a whole number of at least 1, found {value!r}")
+    if not 1 <= count <= MAX_SEQUENCES:
+        raise InvalidArgument(f"'n' must be a whole number between 1 and {MAX_SEQUENCES}, found {value!r}")
     return count
 
 
@@ -292,3 +356,22 @@ def _strings(name: str, texts: Sequence[str]) -> Tensor:
     array = np.empty(len(texts), dtype=object)
     array[:] = [text.encode() for text in texts]
     return Tensor.from_numpy(name, array)
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _logprobs_json(rows: Sequence[Sequence[TokenLogprob]] | None) -> str:
+    """Alternatives by token id for each token, as Triton's vLLM backend writes them; null if nobody asked."""
+    if rows is None:
+        return "null"
+    return _json(
+        [
+            {
+                str(one.token_id): {"logprob": one.logprob, "rank": one.rank, "decoded_token": one.token}
+                for one in alternatives
+            }
+            for alternatives in rows
+        ]
+    )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import queue
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
+import tritonclient.grpc as grpcclient
 
 from enginehouse.testing.server import ServerProcess
 from tests.acceptance.frontends.language_model import save_model
@@ -176,3 +179,53 @@ def test_the_same_model_answers_generate(llm: ServerProcess, client: openai.Open
         document = json.load(answer)
     assert document["text_output"] == client.completions.create(prompt="Hello", **GREEDY).choices[0].text
     assert (document["model_name"], document["model_version"]) == ("tiny", "1")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_v2_protocol_tells_what_tritons_vllm_backend_tells(
+    llm: ServerProcess, client: openai.OpenAI, stream: bool
+) -> None:
+    sampling = json.dumps({"temperature": "0", "max_tokens": 12, "logprobs": 2})
+    switches = (
+        "return_finish_reason", "return_cumulative_logprob", "return_logprobs", "return_num_input_tokens",
+        "return_num_output_tokens", "return_token_ids",
+    )  # fmt: skip
+    inputs = [text_tensor("text_input", "Hello"), text_tensor("sampling_parameters", sampling)]
+    inputs += [flag_tensor(name, True) for name in (*switches, "exclude_input_in_output")]
+    inputs.append(flag_tensor("stream", stream))
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with grpcclient.InferenceServerClient(llm.grpc) as triton:
+        triton.start_stream(lambda result, error: results.put((result, error)))
+        triton.async_stream_infer("tiny", inputs, enable_empty_final_response=True)
+        answers: list[Any] = []
+        while not answers or not answers[-1].get_response().parameters["triton_final_response"].bool_param:
+            result, error = results.get(timeout=30)
+            assert error is None
+            answers.append(result)
+    answers = [answer for answer in answers if answer.get_response().outputs]
+    plain = client.completions.create(prompt="Hello", logprobs=2, extra_body={"return_token_ids": True}, **GREEDY)
+    told = [{one.name: answer.as_numpy(one.name) for one in answer.get_response().outputs} for answer in answers]
+    assert len(told) == (12 if stream else 1)
+    assert b"".join(part["text_output"][0] for part in told).decode() == plain.choices[0].text
+    token_ids = [token for part in told for token in json.loads(part["token_ids"][0])]
+    assert token_ids == plain.choices[0].token_ids
+    assert sum(part["num_output_tokens"][0] for part in told) == 12
+    assert {int(part["num_input_tokens"][0]) for part in told} == {5}
+    assert [part["finish_reason"][0] for part in told] == [b"None"] * (len(told) - 1) + [b"length"]
+    rows = [row for part in told for row in json.loads(part["logprobs"][0])]
+    assert plain.choices[0].logprobs is not None
+    chosen = [row[str(token)]["logprob"] for row, token in zip(rows, token_ids, strict=True)]
+    assert chosen == pytest.approx(plain.choices[0].logprobs.token_logprobs, abs=1e-4)
+    assert told[-1]["cumulative_logprob"][0] == pytest.approx(sum(chosen), abs=1e-3)
+
+
+def text_tensor(name: str, text: str) -> grpcclient.InferInput:
+    tensor = grpcclient.InferInput(name, [1], "BYTES")
+    tensor.set_data_from_numpy(np.array([text.encode()], dtype=object))
+    return tensor
+
+
+def flag_tensor(name: str, value: bool) -> grpcclient.InferInput:
+    tensor = grpcclient.InferInput(name, [1], "BOOL")
+    tensor.set_data_from_numpy(np.array([value]))
+    return tensor

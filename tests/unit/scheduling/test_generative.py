@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from enginehouse.types import (
     MetricFamily,
     Tensor,
     TokenEvent,
+    TokenLogprob,
 )
 
 from .factories import Observer
@@ -48,9 +50,11 @@ class Engine:
         request_id = self.asked[index].id
         for number, part in enumerate(parts, 1):
             last = FinishReason.STOP if number == len(parts) else None
-            self.emits[request_id](
-                TokenEvent(request_id, part, finish_reason=last, num_prompt_tokens=3, num_generated_tokens=number)
+            logprobs = [] if self.asked[index].sampling.logprobs is None else [[TokenLogprob(number, part, -0.5, 1)]]
+            event = TokenEvent(
+                request_id, part, [number], logprobs, last, num_prompt_tokens=3, num_generated_tokens=number
             )
+            self.emits[request_id](event)
 
 
 def asking(engine: Engine, parameters: dict[str, object] | None = None, **inputs: object) -> list[InferResponse]:
@@ -100,12 +104,39 @@ def test_several_texts_arrive_together_with_seeds_of_their_own() -> None:
     assert [request.sampling.seed for request in engine.asked] == [1, 2]
 
 
+FURTHER: dict[str, Any] = {
+    "return_finish_reason": True, "return_cumulative_logprob": True, "return_logprobs": True,
+    "return_num_input_tokens": True, "return_num_output_tokens": True, "return_token_ids": True,
+}  # fmt: skip
+
+
+def further(response: InferResponse) -> dict[str, list[object]]:
+    return {tensor.name: tensor.numpy().tolist() for tensor in response.outputs[1:]}
+
+
 def test_further_outputs_are_given_when_asked_for() -> None:
     engine = Engine()
-    answers = asking(engine, return_finish_reason=True, return_num_input_tokens=True, return_num_output_tokens=True)
+    answers = asking(engine, {"logprobs": 1}, **FURTHER)
     engine.say(0, "a", "b")
-    found = {tensor.name: tensor.numpy().tolist() for tensor in answers[0].outputs[1:]}
-    assert found == {"finish_reason": [b"stop"], "num_input_tokens": [3], "num_output_tokens": [2]}
+    assert further(answers[0]) == {
+        "finish_reason": [b"stop"], "cumulative_logprob": [-1.0], "num_input_tokens": [3], "num_output_tokens": [2],
+        "logprobs": [
+            b'[{"1":{"logprob":-0.5,"rank":1,"decoded_token":"a"}},{"2":{"logprob":-0.5,"rank":1,"decoded_token":"b"}}]'
+        ],
+        "token_ids": [b"[1,2]"],
+    }  # fmt: skip
+
+
+def test_a_streamed_part_tells_what_is_new_in_it() -> None:
+    engine = Engine()
+    answers = asking(engine, stream=True, **FURTHER)
+    engine.say(0, "a", "b")
+    first, last = map(further, answers)
+    assert (first["finish_reason"], last["finish_reason"]) == ([b"None"], [b"stop"])
+    assert (first["token_ids"], last["token_ids"]) == ([b"[1]"], [b"[2]"])
+    assert (first["num_output_tokens"], last["num_output_tokens"]) == ([1], [1])
+    assert (first["cumulative_logprob"], last["cumulative_logprob"]) == ([-0.5], [-1.0])
+    assert last["logprobs"] == [b"null"], "the sampling parameters ask for none"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +145,13 @@ def test_further_outputs_are_given_when_asked_for() -> None:
         ({}, {"sampling_parameters": "{"}, "'sampling_parameters' is not JSON"),
         ({}, {"sampling_parameters": "[]"}, "must be a JSON object, found list"),
         ({"temperature": "hot"}, {}, "temperature"),
-        ({"n": 0}, {}, "'n' must be a whole number of at least 1, found 0"),
+        ({"n": 0}, {}, "'n' must be a whole number between 1 and 128, found 0"),
+        ({"n": 10**9}, {}, "'n' must be a whole number between 1 and 128"),
+        ({}, {"sampling_parameters": '{"temprature": 1}'}, "'sampling_parameters' has no 'temprature'; there are: "),
+        ({}, {"sampling_parameters": '{"lora_name": "x"}'}, "LoRA feature is not enabled"),
+        ({"use_beam_search": True}, {}, "beam search is not supported"),
+        ({"truncate_prompt_tokens": "x"}, {}, "sampling parameters"),
+        ({}, {"stream": True, "exclude_input_in_output": False}, "When streaming, `exclude_input_in_output` = False"),
         ({"n": 2}, {"stream": True}, "'n' must be 1 with 'stream'"),
     ],
 )
