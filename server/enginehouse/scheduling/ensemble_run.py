@@ -261,6 +261,7 @@ class EnsembleRun:
     def on_step_response(self, answers: _StepAnswers, branch: Path, response: InferResponse) -> None:
         hold = answers.hold_for(response) if self._is_limited else None
         if response.final:
+            answers.request.sink = None  # they know each other: else the tensors would wait for the collector
             self._running.discard(answers.request)
             self._note_times(answers.step, answers.request)
             self._num_unfinished -= 1
@@ -333,8 +334,6 @@ class _StepAnswers:
         # a single answer opens no branch of its own
         branch = self._path if response.final and not self._num_answers else (*self._path, self._num_answers)
         self._num_answers += 1
-        if response.final:
-            self.request.sink = None  # they know each other: without this the tensors would wait for the collector
         self._run.on_step_response(self, branch, response)
 
     def hold_for(self, response: InferResponse) -> Hold:
