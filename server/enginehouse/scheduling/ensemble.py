@@ -99,6 +99,7 @@ class EnsembleScheduler:
     def deliver(self, run: EnsembleRun, response: InferResponse) -> None:
         if response.final:
             self._runs.discard(run)
+            run.drop_tensors()
             if response.error is None:
                 self.observer.on_batch([run.request], self._instance, run.times(), None)
         self._in_flight.deliver(run.request, response)
