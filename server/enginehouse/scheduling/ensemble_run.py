@@ -266,7 +266,8 @@ class EnsembleRun:
     def on_step_response(self, answers: _StepAnswers, branch: Path, response: InferResponse) -> None:
         hold = answers.hold_for(response) if self._is_limited else None
         if response.final:
-            answers.drop_tensors()
+            if self._scheduler.hands_over is not None:
+                answers.drop_tensors()
             self._running.discard(answers.request)
             self._note_times(answers.step, answers.request)
             self._num_unfinished -= 1
