@@ -239,6 +239,7 @@ class Lifecycle:
     ) -> None:
         """Builds all of `versions`; puts them in place together, or not at all."""
         name = definition.name
+        replaced = {served.version: served for served in self.registry.given_up(name)} | dict(ready)
         for version in versions:
             if version not in ready:
                 self.registry.set_state(name, version, VersionState.LOADING)
@@ -260,8 +261,8 @@ class Lifecycle:
             self.registry.set_state(name, served.version, VersionState.READY, served=served)
             logger.info("successfully loaded '%s' version %s", name, served.version)
         for served in built:
-            if served.version in ready:
-                self._retire_in_background(name, ready[served.version])
+            if served.version in replaced:
+                self._retire_in_background(name, replaced[served.version])
 
     def _note_failures(
         self,
@@ -345,7 +346,7 @@ class Lifecycle:
         loaded = self._loaded.pop(name, None)
         self._failed.pop(name, None)
         self._source.forget_override(name)
-        for served in self.registry.ready_versions(name):
+        for served in (*self.registry.ready_versions(name), *self.registry.given_up(name)):
             self._retire_version(name, served)
         if loaded is not None and loaded.definition.agents is not None:
             self._tell_agents_of_unload(loaded.definition)

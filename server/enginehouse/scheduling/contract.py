@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution.contract import ExecutionTimes, InstanceHandle
 from enginehouse.types import InferRequest, InferResponse
+
+Refusal: TypeAlias = Callable[[InferRequest], EnginehouseError]
+"""What a request that will not run is told."""
 
 
 class ExecutionObserver(Protocol):
@@ -59,8 +62,8 @@ class Scheduler(Protocol):
         """Returns when nothing is in flight. New requests are still accepted: the core stops sending them."""
         ...
 
-    def close(self) -> None:
-        """Fails whatever is left with Unavailable."""
+    def close(self, refusal: Refusal = ...) -> None:
+        """Refuses whatever waits, and what comes from now on."""
         ...
 
 
