@@ -295,7 +295,7 @@ class SequenceScheduler:
     def _on_done(self, batch: Batch, times: ExecutionTimes, error: EnginehouseError | None) -> None:
         lane: InstanceLane
         lane, real, sequences = batch.context
-        self._observer.on_batch(real, lane.instance, times, error)
+        self._observer.on_batch(real, lane.instance, times, error, len(batch.requests) - len(real))
         lane.num_batches -= 1
         now_ns = self._clock.now_ns()
         for sequence in sequences:
