@@ -40,12 +40,14 @@ from enginehouse_backends.llm.attention import PLACE_BYTES
 from enginehouse_backends.llm.block_pool import BlockPool
 from enginehouse_backends.llm.chat import ChatTemplate
 from enginehouse_backends.llm.checkpoint import Checkpoint
+from enginehouse_backends.llm.checkpoints import open_checkpoint
 from enginehouse_backends.llm.engine import Engine
 from enginehouse_backends.llm.generation import Generation
 from enginehouse_backends.llm.llm_settings import DEFAULT_GROUP, LlmSettings, read_settings
 from enginehouse_backends.llm.metrics import LlmMetrics
 from enginehouse_backends.llm.planning import CONTEXT_BYTES, LlmPlan, plan_llm
 from enginehouse_backends.llm.preparing import Preparer, PromptLimits
+from enginehouse_backends.llm.ranks import Order, ParallelRunner, Ranks, load_on_ranks
 from enginehouse_backends.llm.runner import Runner
 from enginehouse_backends.llm.runners import is_gpu, make_arena, make_runner, make_runtime
 from enginehouse_backends.llm.scheduler import Scheduler, SchedulerLimits
@@ -114,7 +116,7 @@ class LlmBackend(Backend):
 
     def memory_needs(self, context: LoadContext) -> MemoryNeeds:
         settings = read_settings(context)
-        checkpoint = Checkpoint(settings.folder)
+        checkpoint = open_checkpoint(settings)
         rooms = {device: room for device, room in context.rooms.items() if is_gpu(device)}
         plan = plan_llm(context.name, settings, read_architecture(settings.folder), checkpoint, rooms)
         return MemoryNeeds(plan.weights_bytes, plan.workspace_bytes, plan.kv_bytes)
@@ -132,7 +134,7 @@ class LlmModel(Model):
         self._architecture = read_architecture(self._settings.folder)
         self._tokenizer = _load_tokenizer(self._settings)
         self._instance: LlmInstance | None = None
-        Checkpoint(self._settings.folder).close()  # what is broken is told before memory is asked for
+        open_checkpoint(self._settings).close()  # what is broken is told before memory is asked for
 
     def create_instance(self, placement: Placement) -> Instance:
         if self._instance is not None:
@@ -156,7 +158,8 @@ class LlmInstance(GenerativeInstance):
         placement: Placement,
     ) -> None:
         self._name = context.name
-        self._group = _GROUPS.enter(f"{settings.engine_group} {placement.device}", placement.device)
+        devices = _devices_of_ranks(placement, settings.tensor_parallel_size)
+        self._group = _GROUPS.enter(f"{settings.engine_group} {' '.join(devices)}", devices)
         try:
             plan, self._runner = self._load(context, settings, architecture, placement)
         except BaseException:
@@ -193,13 +196,36 @@ class LlmInstance(GenerativeInstance):
         if runtime is not None:
             free = runtime.free_bytes() + CONTEXT_BYTES  # which the plan counts, and which is there by now
             rooms = {placement.device: DeviceRoom(free, free)}
-        checkpoint = Checkpoint(settings.folder)
+        checkpoint = open_checkpoint(settings, None if runtime is None else runtime.device)
         try:
             plan = plan_llm(context.name, settings, architecture, checkpoint, rooms)
             progress = _Progress(context, checkpoint.num_bytes())
-            return plan, make_runner(runtime, architecture, checkpoint, plan, progress.add)
+            return plan, self._load_ranks(settings, architecture, checkpoint, plan, progress)
         finally:
             checkpoint.close()
+
+    def _load_ranks(
+        self,
+        settings: LlmSettings,
+        architecture: Architecture,
+        checkpoint: Checkpoint,
+        plan: LlmPlan,
+        progress: _Progress,
+    ) -> Runner:
+        """All ranks at once, where there are several."""
+        runtime, ranks = self._group.runtime, self._group.ranks
+        if ranks is None:
+            return make_runner(runtime, architecture, checkpoint, plan, progress.add)
+        key = f"{self._name}#{next(_NUMBERS)}"
+        others = load_on_ranks(ranks, key, settings, plan)
+        try:
+            runner = make_runner(runtime, architecture, checkpoint, plan, progress.add, ranks.group)
+            for loaded in others:
+                loaded.result()
+        except BaseException:
+            ranks.tell(Order("close", key))
+            raise
+        return ParallelRunner(ranks, key, runner)
 
     @property
     def engine(self) -> Engine:
@@ -309,9 +335,10 @@ def _serve(
 
 
 class _Group:
-    def __init__(self, key: str, device: str) -> None:
+    def __init__(self, key: str, devices: Sequence[str]) -> None:
         self.key = key
-        self.runtime = make_runtime(device)
+        self.runtime = make_runtime(devices[0])
+        self.ranks = Ranks(devices) if len(devices) > 1 else None
         self.engine = Engine(make_arena(self.runtime))
         self.num_members = 0
 
@@ -323,9 +350,10 @@ class _Groups:
         self._lock = threading.Lock()
         self._groups: dict[str, _Group] = {}
 
-    def enter(self, key: str, device: str) -> _Group:
+    def enter(self, key: str, devices: Sequence[str]) -> _Group:
+        """devices: of the engine's ranks."""
         with self._lock:
-            group = self._groups.get(key) or _Group(key, device)
+            group = self._groups.get(key) or _Group(key, devices)
             self._groups[key] = group
             group.num_members += 1
             return group
@@ -336,6 +364,8 @@ class _Groups:
             if group.num_members == 0:
                 del self._groups[group.key]
                 group.engine.stop()
+                if group.ranks is not None:
+                    group.ranks.close()
 
 
 _GROUPS = _Groups()
@@ -356,6 +386,13 @@ class _Progress:
         if self._tell is not None and self._done - self._told >= self._step:
             self._told = self._done
             self._tell(self._done)
+
+
+def _devices_of_ranks(placement: Placement, num_ranks: int) -> Sequence[str]:
+    """On a CPU all ranks share it."""
+    if placement.more_devices or num_ranks == 1:
+        return (placement.device, *placement.more_devices)
+    return (placement.device,) * num_ranks
 
 
 def _load_tokenizer(settings: LlmSettings) -> Tokenizer | None:

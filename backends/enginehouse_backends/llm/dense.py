@@ -28,6 +28,9 @@ class DenseLinear(LinearKernel):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._weight, self._bias)
 
+    def rows(self, numbers: torch.Tensor) -> torch.Tensor:
+        return F.embedding(numbers, self._weight)
+
 
 class PackedLinear(LinearKernel):
     """The same through oneDNN with weights in its own layout: up to four times the bandwidth at few rows."""
@@ -41,6 +44,11 @@ class PackedLinear(LinearKernel):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return out
+
+
+def load_plain(spec: LinearSpec, checkpoint: Checkpoint, build: Build) -> LinearKernel:
+    """As `load_dense`, never packed: what runs on GPUs."""
+    return DenseLinear(*read_dense(spec, checkpoint, build))
 
 
 def load_dense(spec: LinearSpec, checkpoint: Checkpoint, build: Build) -> LinearKernel:

@@ -97,7 +97,8 @@ class CudaRuntime(DeviceRuntime):
             self.launch(work)
         self._stream.synchronize()
         graph: Any = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # other threads may load a model meanwhile, and NCCL's looks at its events
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         self._pool = self._pool or graph.pool()
         return _CudaGraph(graph)

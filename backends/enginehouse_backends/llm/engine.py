@@ -78,7 +78,11 @@ class Engine:
             self._resize(self.arena.num_pages + num_pages)
             self._pages_by_llm[llm.name] = num_pages
             self.space.join(llm.name, llm.scheduler.pool, weight)
-            llm.runner.attach_arena(self.arena)
+            try:
+                llm.runner.attach_arena(self.arena)
+            except BaseException:
+                self._take_away(llm)
+                raise
             self._llms[llm.name] = llm
             self._tell_shares()
 
@@ -93,14 +97,17 @@ class Engine:
             llm.fail_all(Unavailable(f"model '{llm.model_name}' is being unloaded"))
             llm.settle()
             if self._llms.pop(llm.name, None) is not None:
-                self.space.leave(llm.name)
-                llm.runner.detach_arena()
-                num_pages = self._pages_by_llm.pop(llm.name)
-                if not self.arena.keeps_content:  # what the ledger has back the device shall have back
-                    self._resize(self.arena.num_pages - num_pages)
+                self._take_away(llm)
             self._tell_shares()
 
         self.call(act)
+
+    def _take_away(self, llm: ServedLlm) -> None:
+        self.space.leave(llm.name)
+        llm.runner.detach_arena()
+        num_pages = self._pages_by_llm.pop(llm.name)
+        if not self.arena.keeps_content:  # what the ledger has back the device shall have back
+            self._resize(self.arena.num_pages - num_pages)
 
     def _resize(self, num_pages: int) -> None:
         arena = self.arena

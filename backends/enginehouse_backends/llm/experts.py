@@ -6,6 +6,7 @@ run one after another. Ranks of a tensor-parallel group each hold a share of eve
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,15 @@ class Experts(Mlp):
     def __init__(self, build: Build, names: ExpertNames, sizes: ExpertSizes) -> None:
         self._build, self._names, self.sizes = build, names, sizes
         self._activation = build.architecture.activation
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        names, sizes = self._names, self.sizes
+        hidden = self._build.architecture.hidden_size
+        yield f"{names.router}.weight", (sizes.num_experts, hidden)
+        for expert in range(sizes.num_experts):
+            yield f"{names.experts}.{expert}.{names.gate}.weight", (sizes.width, hidden)
+            yield f"{names.experts}.{expert}.{names.up}.weight", (sizes.width, hidden)
+            yield f"{names.experts}.{expert}.{names.down}.weight", (hidden, sizes.width)
 
     def load(self, checkpoint: Checkpoint) -> None:
         build, names, sizes = self._build, self._names, self.sizes

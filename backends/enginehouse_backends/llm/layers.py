@@ -86,6 +86,10 @@ class LinearKernel(ABC):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[rows, in] → [rows, out]"""
 
+    def rows(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The weight's own rows, for an embedding that is tied to it."""
+        raise NotImplementedError(type(self).__name__)
+
     def record(self, x: Symbol) -> Symbol:
         raise NotNative(type(self).__name__)
 
@@ -124,6 +128,10 @@ class Layer:
     def load(self, checkpoint: Checkpoint) -> None:
         for child in self.children():
             child.load(checkpoint)
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each checkpoint tensor that this layer itself loads."""
+        return iter(())
 
     def walk(self) -> Iterator[Layer]:
         yield self
@@ -173,6 +181,12 @@ class Linear(Layer):
         self._build = build
         self.spec = LinearSpec(tuple(parts), in_features, bias, split)
 
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for part in self.spec.parts:
+            yield f"{part.name}.weight", (part.num_stored_rows, self.spec.in_features)
+            if self.spec.bias:
+                yield f"{part.name}.bias", (part.num_stored_rows,)
+
     def load(self, checkpoint: Checkpoint) -> None:
         self.kernel = self._build.load_linear(self.spec, checkpoint, self._build)
 
@@ -193,6 +207,9 @@ class RmsNorm(Layer):
     def __init__(self, build: Build, name: str, width: int, offset: float = 0.0) -> None:
         self._build, self.name, self.width, self.offset = build, name, width, offset
         self.epsilon = build.architecture.norm_epsilon
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{self.name}.weight", (self.width,)
 
     def load(self, checkpoint: Checkpoint) -> None:
         stored = checkpoint.tensor(f"{self.name}.weight", (self.width,))
@@ -227,6 +244,9 @@ class Embedding(Layer):
     def children(self) -> Iterator[Layer]:
         return iter(())
 
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{self.name}.weight", (self.vocab_size, self.width)
+
     def load(self, checkpoint: Checkpoint) -> None:
         if self.tied_head is not None:
             return
@@ -241,8 +261,11 @@ class Embedding(Layer):
             head = None if self.tied_head is None else self.tied_head.kernel
             parts = {"weight": self.weight, "head": head}
             return tokens.program.add("embed", self.width, (tokens,), {"scale": self.scale}, parts)
-        assert self.weight is not None, "bug: a packed tied embedding was asked outside its program"
-        rows = F.embedding(tokens, self.weight)
+        if self.tied_head is not None:
+            rows = self.tied_head.kernel.rows(tokens)
+        else:
+            assert self.weight is not None, "bug: an embedding is asked before it is loaded"
+            rows = F.embedding(tokens, self.weight)
         return rows if self.scale == 1.0 else rows * self.scale
 
 
@@ -254,7 +277,10 @@ class Head(Layer):
         self._build, self._embedding, self.softcap = build, embedding, softcap
         architecture = build.architecture
         part = Part(name if embedding is None else embedding.name, architecture.vocab_size)
-        self.linear = Linear(build, (part,), architecture.hidden_size)
+        # a share of the vocabulary each, where it can be divided
+        self._is_divided = build.group.world_size > 1 and architecture.vocab_size % build.group.world_size == 0
+        split = Split.OUTPUTS if self._is_divided else Split.NONE
+        self.linear = Linear(build, (part,), architecture.hidden_size, split=split)
         if embedding is not None and build.share_tied:
             embedding.tied_head = self.linear
 
@@ -267,6 +293,7 @@ class Head(Layer):
             if self.softcap:
                 return logits.program.add("softcap", logits.width, (logits,), {"cap": self.softcap})
             return logits
+        logits = self._build.group.all_gather(logits) if self._is_divided else logits
         logits = logits.float()
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 

@@ -20,7 +20,8 @@ _FROM_MODEL_JSON: Mapping[str, str] = {
     "quantization": "quantization", "kv_cache_dtype": "kv_cache_dtype", "max_model_len": "max_model_len",
     "max_num_seqs": "max_num_seqs", "max_num_batched_tokens": "max_num_batched_tokens", "block_size": "block_size",
     "enable_prefix_caching": "enable_prefix_caching", "tensor_parallel_size": "tensor_parallel_size",
-    "gpu_memory_utilization": "gpu_memory_utilization", "chat_template": "chat_template",
+    "load_format": "load_format", "gpu_memory_utilization": "gpu_memory_utilization",
+    "chat_template": "chat_template",
     "served_model_name": "served_model_name",
 }  # fmt: skip
 """vLLM's engine arguments, as Triton's vLLM backend keeps them, by our name."""
@@ -50,6 +51,8 @@ class LlmSettings:
     kv_bytes: int = 0
     num_threads: int = 0
     max_waiting: int = 0
+    load_format: str = ""
+    """dummy makes random weights, for measuring; config.json alone is needed then."""
     gpu_memory_utilization: float = 0.0
     attention: str = ""
     """Of a GPU: triton, flashinfer or fa3; "" measures."""
@@ -83,6 +86,7 @@ def read_settings(context: LoadContext) -> LlmSettings:
         kv_bytes=int(context.config.serving.memory.kv_bytes),
         num_threads=_count_parameter(context, "num_threads"),
         max_waiting=_count_parameter(context, "max_waiting"),
+        load_format=_load_format(context, given),
         gpu_memory_utilization=_fraction(context, given, "gpu_memory_utilization"),
         attention=_attention(context),
         share_weight=float(context.parameter("share_weight", "1") or 1),
@@ -151,6 +155,13 @@ def _count_parameter(context: LoadContext, key: str) -> int:
     if text and not text.isdigit():
         raise InvalidArgument(f"parameter '{key}' must be a whole number, found '{text}'")
     return int(text or 0)
+
+
+def _load_format(context: LoadContext, given: Mapping[str, Any]) -> str:
+    name = context.parameter("load_format") or str(given.get("load_format") or "")
+    if name not in ("", "auto", "safetensors", "dummy"):
+        raise InvalidArgument(f"load_format '{name}' is none of auto, safetensors, dummy")
+    return name if name == "dummy" else ""
 
 
 def _fraction(context: LoadContext, given: Mapping[str, Any], key: str) -> float:

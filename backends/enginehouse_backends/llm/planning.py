@@ -91,6 +91,7 @@ def plan_llm(
 
     Raises InvalidArgument for settings that can't be, ResourceExhausted for what can't fit.
     """
+    _check_ranks(name, settings.tensor_parallel_size, architecture)
     if rooms:
         return _plan_on_gpus(name, settings, architecture, checkpoint, rooms)
     return _plan_on_cpu(name, settings, architecture, checkpoint)
@@ -124,7 +125,7 @@ def _plan_on_cpu(name: str, settings: LlmSettings, architecture: Architecture, c
         max(settings.max_num_batched_tokens or _CPU.max_batched_tokens, max_num_seqs),
         kv_bytes,
         weights_bytes,
-        settings.num_threads or default_num_threads(),
+        max((settings.num_threads or default_num_threads()) // settings.tensor_parallel_size, 1),
         quantization=settings.quantization,
         num_ranks=settings.tensor_parallel_size,
     )
@@ -186,6 +187,16 @@ def default_num_threads() -> int:
     except (OSError, ValueError):
         pass  # no control groups here
     return allowed
+
+
+def _check_ranks(name: str, ranks: int, architecture: Architecture) -> None:
+    a = architecture
+    kv_fits = a.num_kv_heads % ranks == 0 or ranks % a.num_kv_heads == 0
+    if a.num_heads % ranks or a.intermediate_size % ranks or not kv_fits:
+        raise InvalidArgument(
+            f"model '{name}': {a.num_heads} heads, {a.num_kv_heads} of them with keys and values, and a width of "
+            f"{a.intermediate_size} can't be divided by tensor_parallel_size {ranks}"
+        )
 
 
 def _context(name: str, settings: LlmSettings, architecture: Architecture) -> int:

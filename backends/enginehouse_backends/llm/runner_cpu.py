@@ -24,6 +24,7 @@ from enginehouse_backends.llm.layers import Build
 from enginehouse_backends.llm.models import DecoderModel, build_model
 from enginehouse_backends.llm.native_linear import load_native
 from enginehouse_backends.llm.native_program import NativeProgram, check_native
+from enginehouse_backends.llm.parallel_group import ParallelGroup
 from enginehouse_backends.llm.program import NotNative
 from enginehouse_backends.llm.quantization.linears import Place
 from enginehouse_backends.llm.quantization.loading import QuantizationPlan, plan_quantization, quantized_loader
@@ -77,11 +78,12 @@ class CpuRunner(Runner):
         checkpoint: Checkpoint,
         settings: CpuRunnerSettings,
         on_loaded: Callable[[int], None] = lambda num_bytes: None,
+        group: ParallelGroup | None = None,
     ) -> None:
         """Loads the weights. Raises an EnginehouseError for a checkpoint that doesn't fit the architecture."""
         self.max_wanted, self.block_size = settings.max_wanted, settings.block_size
         torch.set_num_threads(settings.num_threads)
-        self._executor = _make_executor(architecture, checkpoint, settings, on_loaded)
+        self._executor = _make_executor(architecture, checkpoint, settings, on_loaded, group or ParallelGroup())
         self.is_native = isinstance(self._executor, _NativeExecutor)
         self.weight_bytes = checkpoint.num_bytes()
         self.workspace_bytes = self._executor.workspace_bytes
@@ -117,16 +119,18 @@ def _make_executor(
     checkpoint: Checkpoint,
     settings: CpuRunnerSettings,
     on_loaded: Callable[[int], None],
+    group: ParallelGroup,
 ) -> _Executor:
     plan = plan_quantization(architecture.raw, settings.quantization)
     build = Build(
         architecture,
         quantized_loader(plan, Place.TORCH, load_dense) if plan.is_active else load_dense,
         dtype=settings.dtype,
+        group=group,
         max_positions=settings.max_positions,
         on_loaded=on_loaded,
     )
-    if settings.native:
+    if settings.native and group.world_size == 1:
         try:
             return _NativeExecutor(build, checkpoint, settings, plan)
         except NoKernels as error:

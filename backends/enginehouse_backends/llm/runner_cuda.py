@@ -30,7 +30,7 @@ from enginehouse_backends.llm.attention.triton_paged import (
     decode_block_n,
 )
 from enginehouse_backends.llm.checkpoint import Checkpoint
-from enginehouse_backends.llm.dense import load_dense
+from enginehouse_backends.llm.dense import load_plain
 from enginehouse_backends.llm.device_runtime import DeviceRuntime, Event, Graph
 from enginehouse_backends.llm.device_sampling import SamplingPlan, merge, plan_sampling, token_sources
 from enginehouse_backends.llm.kernels.triton_rope import TokenPlaces
@@ -111,13 +111,15 @@ class CudaRunner(Runner):
         plan = plan_quantization(architecture.raw, settings.quantization)
         self._build = Build(
             architecture,
-            quantized_loader(plan, Place.CUDA, load_dense) if plan.is_active else load_dense,
+            quantized_loader(plan, Place.CUDA, load_plain) if plan.is_active else load_plain,
             dtype=settings.dtype,
             device=runtime.device,
             group=group or ParallelGroup(),
             rows=TritonRows(),
             max_positions=settings.max_positions,
             on_loaded=on_loaded,
+            # one copy of a tied table, where it lies as it is and whole
+            share_tied=not plan.is_active and (group is None or group.world_size == 1),
         )
         before = runtime.free_bytes()
         self._model = build_model(self._build)

@@ -67,7 +67,7 @@ def make_runner(
         num_threads=plan.num_threads,
         quantization=plan.quantization,
     )
-    return CpuRunner(architecture, checkpoint, settings, on_loaded)
+    return CpuRunner(architecture, checkpoint, settings, on_loaded, group)
 
 
 def _make_cuda_runner(
