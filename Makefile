@@ -75,11 +75,14 @@ soak: $(VENV)/installed-tests examples  ## half an hour and more of sequences an
 fuzz: $(VENV)/installed-tests  ## a million bad requests
 	$(BIN)/python -m tests.fuzz --requests=1000000
 
-test-gpu: $(VENV)/installed-tests  ## on a CUDA machine: everything of docs/gpu.md, in stages; results in build/gpu
-	$(BIN)/python -m tests.gpu test
+# With what is installed, as a CUDA machine may have no network: the virtual environment if there is one, else $(PYTHON).
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-bench-gpu: $(VENV)/installed-tests  ## on a CUDA machine: speed beside the hardware's limits
-	$(BIN)/python -m tests.gpu bench
+test-gpu:  ## on a CUDA machine: everything of docs/gpu.md, in stages; results in build/gpu
+	$(GPU_PYTHON) -m tests.gpu test
+
+bench-gpu:  ## on a CUDA machine: speed beside the hardware's limits
+	$(GPU_PYTHON) -m tests.gpu bench
 
 protos: $(VENV)/installed-tests  ## regenerate the wire contract
 	$(BIN)/python protos/generate.py

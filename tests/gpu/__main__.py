@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -24,6 +25,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 540
 PYTEST = (sys.executable, "-m", "pytest", "-rA", "--show-capture=no", "-p", "no:cacheprovider", "--timeout=300")
+LLM_SPEED = (sys.executable, "-m", "tests.gpu.llm_speed")
+ON_DEVICE = {"ENGINEHOUSE_TEST_DEVICE": "cuda:0"}
+ROOTS = ("server", "backends", "clients/python")
 LIBRARIES = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "transformers", "triton", "cuda-python")
 
 
@@ -39,8 +43,18 @@ STAGES = {
     "backends": Stage((*PYTEST, "tests/gpu/test_backends.py")),
     "tensorrt": Stage((*PYTEST, "tests/gpu/test_tensorrt.py")),
     "server": Stage((*PYTEST, "tests/gpu/test_server.py")),
+    "llm-kernels": Stage((*PYTEST, "tests/properties/llm_kernels"), environment=ON_DEVICE),
+    "llm": Stage((*PYTEST, "tests/gpu/test_llm.py"), environment=ON_DEVICE),
+    "llm-quantized": Stage((*PYTEST, "tests/acceptance/llm/test_quantized_on_gpus.py"), environment=ON_DEVICE),
     "marked": Stage((*PYTEST, "-m", "gpu", "tests/unit", "tests/properties", "tests/acceptance")),
     "speed": Stage((sys.executable, "-m", "tests.gpu.speed"), is_bench=True),
+    "llm-decode": Stage((*LLM_SPEED, "decode"), is_bench=True),
+    "llm-32": Stage((*LLM_SPEED, "concurrent", "--num", "32"), is_bench=True),
+    "llm-256": Stage((*LLM_SPEED, "concurrent", "--num", "256"), is_bench=True),
+    "llm-prefill": Stage((*LLM_SPEED, "prefill"), is_bench=True),
+    "llm-decode-fp8": Stage((*LLM_SPEED, "decode", "--quantization", "fp8"), is_bench=True),
+    "llm-decode-int4": Stage((*LLM_SPEED, "decode", "--quantization", "int4"), is_bench=True),
+    "llm-vllm": Stage((sys.executable, "-m", "tests.gpu.llm_peer"), is_bench=True),
 }
 
 
@@ -58,11 +72,35 @@ def hardware() -> dict[str, Any]:
     return {"gpus": gpus, "cuda": torch.version.cuda, "versions": versions}
 
 
+def import_paths(results: Path) -> list[str]:
+    """Where Enginehouse lies, if it isn't installed: its folders, and one that names its backends."""
+    try:
+        metadata.version("enginehouse")
+    except metadata.PackageNotFoundError:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        named = results / "installed" / "enginehouse-0.dist-info"
+        named.mkdir(parents=True, exist_ok=True)
+        (named / "METADATA").write_text("Metadata-Version: 2.1\nName: enginehouse\nVersion: 0\n")
+        lines = []
+        for group, entries in project["entry-points"].items():
+            lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+        (named / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        return [*(str(ROOT / root) for root in ROOTS), str(named.parent)]
+    return []
+
+
 def run_stage(name: str, results: Path) -> dict[str, Any]:
     """Writes the stage's output as it comes; gives back the line for stages.jsonl."""
     stage, log = STAGES[name], results / f"{name}.txt"
     started_s = time.monotonic()
-    environment = {**os.environ, **stage.environment, "ENGINEHOUSE_GPU_RESULTS": str(results), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        **stage.environment,
+        "ENGINEHOUSE_GPU_RESULTS": str(results),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join([*import_paths(results), os.environ.get("PYTHONPATH", "")]),
+    }
     with log.open("w") as output:
         process = subprocess.Popen(
             stage.command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -1,4 +1,4 @@
-"""Runs the Triton kernels of this folder on the CPU through Triton's interpreter."""
+"""Runs the Triton kernels of this folder on the CPU through Triton's interpreter, or on a GPU as they are."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest.importorskip("triton", reason="the kernels' language; in the `test` extra")
 torch = pytest.importorskip("torch")
 
-from enginehouse_backends.llm.kernels import interpreting  # noqa: E402
+DEVICE = os.environ.get("ENGINEHOUSE_TEST_DEVICE", "cpu")
+"""On a GPU the same tests run the compiled kernels (`python -m tests.gpu llm-kernels`)."""
+if DEVICE.startswith("cuda"):
+    torch.set_default_device(DEVICE)
+else:
+    from enginehouse_backends.llm.kernels import interpreting
 
-interpreting.install()
+    interpreting.install()
 
 
 @pytest.fixture(autouse=True)
