@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 from enginehouse.errors import EnginehouseError
 from enginehouse.types import TokenEvent
+
+logger = logging.getLogger("enginehouse.execution")
 
 Emit = Callable[[TokenEvent], None]
 
@@ -41,7 +44,11 @@ class Generations:
                 continue
             if event.finish_reason is not None or event.error is not None:
                 self.forget(event.request_id)
-            emit(event)
+            try:
+                emit(event)
+            except Exception:  # of one client's: the events of the others in this message are not to be lost
+                logger.exception("an event of generation '%s' could not be handed on", event.request_id)
+                self.forget(event.request_id)
 
     def fail_all(self, error: EnginehouseError) -> None:
         for request_id in list(self._emit_by_request):

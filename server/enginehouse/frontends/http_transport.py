@@ -389,14 +389,15 @@ class _Channel:
 
     @property
     def num_waiting_bytes(self) -> int:
-        return self._transport.get_write_buffer_size()
+        return 0 if self._transport.is_closing() else self._transport.get_write_buffer_size()
 
     def send(self, data: bytes) -> None:
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        if not self._transport.is_closing():  # writing to one that is raises, before anyone is told that it is gone
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def close(self) -> None:
         if not self.closed.done():
-            if self._chunked:
+            if self._chunked and not self._transport.is_closing():
                 self._transport.write(b"0\r\n\r\n")
             self.closed.set_result(None)
 

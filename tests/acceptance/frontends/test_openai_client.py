@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import queue
+import socket
+import struct
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -159,6 +162,31 @@ def test_a_client_that_leaves_ends_its_generation(llm: ServerProcess, client: op
     while running(llm) > 0:
         assert time.monotonic() < deadline_s, "the generation goes on"
         time.sleep(0.05)
+
+
+def test_clients_that_vanish_take_nothing_from_the_others(llm: ServerProcess, client: openai.OpenAI) -> None:
+    long: dict[str, Any] = {**GREEDY, "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+    expected = client.completions.create(prompt="Hello", **long).choices[0].text
+    enough = threading.Event()
+
+    def vanish() -> None:
+        while not enough.is_set():
+            with socket.create_connection(("127.0.0.1", llm.http_port)) as connection:
+                body = json.dumps({**GREEDY, "max_tokens": 200, "prompt": "Bye", "stream": True, "ignore_eos": True})
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+                connection.sendall((head + body).encode())
+                connection.recv(400)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # breaks it off
+
+    with ThreadPoolExecutor(4) as crowd:
+        vanishing = [crowd.submit(vanish) for _ in range(4)]
+        try:
+            for _ in range(20):
+                chunks = client.completions.create(prompt="Hello", stream=True, **long)
+                assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+        finally:
+            enough.set()
+        assert [one.result() for one in vanishing] == [None] * 4
 
 
 def test_a_crowd_gets_what_each_alone_would_get(client: openai.OpenAI) -> None:

@@ -1,0 +1,21 @@
+"""Who gets which events of an engine's message."""
+
+from __future__ import annotations
+
+from enginehouse.execution.generations import Generations
+from enginehouse.types import FinishReason, TokenEvent
+
+
+def test_a_receiver_that_fails_takes_nothing_from_the_others() -> None:
+    generations, received = Generations(), list[str]()
+
+    def fail(event: TokenEvent) -> None:
+        raise RuntimeError("the connection is closed")
+
+    generations.open("gone", fail)
+    generations.open("there", lambda event: received.append(event.text))
+    generations.on_events([TokenEvent("gone", "a"), TokenEvent("there", "b")])
+    generations.on_events([TokenEvent("gone", "c"), TokenEvent("there", "d", finish_reason=FinishReason.STOP)])
+    assert received == ["b", "d"]
+    assert "gone" not in generations
+    assert "there" not in generations
