@@ -71,6 +71,7 @@ peer: $(VENV)/installed-tests  ## install a real Triton beside us (build/peer) a
 
 soak: $(VENV)/installed-tests examples  ## half an hour and more of sequences and language models under fire
 	$(BIN)/python -m tests.faults.soak
+	$(BIN)/python -m tests.faults.llm_soak
 
 fuzz: $(VENV)/installed-tests  ## a million bad requests
 	$(BIN)/python -m tests.fuzz --requests=1000000
