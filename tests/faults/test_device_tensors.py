@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
 import time
 import urllib.request
@@ -34,6 +35,7 @@ CONFIG = """
 backend: "{backend}" max_batch_size: 8 dynamic_batching {{ max_queue_delay_microseconds: {delay_us} }}
 input [{{ name: "{source}" data_type: TYPE_FP32 dims: [-1] }}]
 output [{{ name: "{target}" data_type: TYPE_FP32 dims: [-1] }}]
+{groups}
 serving {{ host: {host} supervision {{ max_restarts: 100 backoff_initial_s: 0.01 unload_timeout_s: 2 }} }}
 """
 ENSEMBLE = """
@@ -63,13 +65,20 @@ def write(root: Path, name: str, text: str) -> Path:
     return root / name / "1"
 
 
+def config_of(backend: str, source: str, target: str, host: str) -> str:
+    """On a GPU where the tests are told of one, else in the device process of the CPU."""
+    on_gpu = "ENGINEHOUSE_TEST_DEVICE" in os.environ and host == "HOST_DEVICE"
+    groups = "instance_group { kind: KIND_GPU gpus: [0] }" if on_gpu else "instance_group { kind: KIND_CPU }"
+    return CONFIG.format(backend=backend, source=source, target=target, host=host, groups=groups, delay_us=1000)
+
+
 def write_doubled(root: Path, name: str, host: str = "HOST_DEVICE") -> None:
-    text = CONFIG.format(backend="pytorch", source="INPUT__0", target="OUTPUT__0", host=host, delay_us=1000)
+    text = config_of("pytorch", "INPUT__0", "OUTPUT__0", host)
     torch.jit.script(Doubled()).save(str(write(root, name, text) / "model.pt"))  # type: ignore[no-untyped-call]
 
 
 def write_increased(root: Path, name: str, host: str = "HOST_DEVICE") -> None:
-    text = CONFIG.format(backend="onnxruntime", source="X", target="Y", host=host, delay_us=1000)
+    text = config_of("onnxruntime", "X", "Y", host)
     shape: list[str | int | None] = ["N", "W"]
     graph = helper.make_graph(
         [helper.make_node("Add", ["X", "one"], ["Y"])],
