@@ -355,14 +355,16 @@ class Http2Connection(asyncio.Protocol):
                 if value > h2.MAX_WINDOW_BYTES:
                     raise ProtocolError(Http2Code.FLOW_CONTROL_ERROR, "the initial window is too large")
                 change, self._initial_window = value - self._initial_window, value
-                for stream in list(self.streams.values()):
+                for stream in self.streams.values():
                     stream.may_send += change
-                    stream.send_blocked()
             elif key == Setting.MAX_FRAME_SIZE:
                 if not h2.DEFAULT_MAX_FRAME_BYTES <= value < 1 << 24:
                     raise ProtocolError(Http2Code.PROTOCOL_ERROR, f"a largest frame of {value} bytes")
                 self.max_frame_bytes = value
+        # First this: until it is there, the client holds us to what held before.
         self._acknowledge(h2.frame(FrameType.SETTINGS, h2.ACK, 0))
+        for stream in list(self.blocked):
+            stream.send_blocked()
 
     def _acknowledge(self, frame: bytes) -> None:
         """Refuses a client that asks on and on and reads no answer."""

@@ -177,6 +177,19 @@ async def test_settings_and_pings_are_acknowledged() -> None:
     ]
 
 
+@pytest.mark.asyncio
+async def test_a_wider_window_is_acknowledged_before_it_is_used() -> None:
+    """Until then the client counts by the narrow one, and ends a stream that passes it."""
+    wire = Wire(METHODS)
+    wire.send(h2.window_update(0, 1 << 20), headers("/big"), data(message(b"100000")))
+    sent = sum(len(payload) for kind, _, _, payload in await wire.frames() if kind == FrameType.DATA)
+    assert sent == h2.DEFAULT_WINDOW_BYTES
+    wire.send(h2.settings({h2.Setting.INITIAL_WINDOW_SIZE: 1 << 20}))
+    first, *rest = await wire.frames()
+    assert first == (FrameType.SETTINGS, h2.ACK, 0, b"")
+    assert sum(len(payload) for kind, _, _, payload in rest if kind == FrameType.DATA) == 100_005 - sent
+
+
 def padded(size: int) -> bytes:
     return h2.frame(FrameType.DATA, h2.PADDED, 1, bytes((size,)) + b"abc")
 
