@@ -376,13 +376,15 @@ class ChatPrompt:
 
 
 class GenerateTask(Enum):
-    """What is wanted. The last two answer with one event and never reach the scheduler."""
+    """What is wanted. TOKENIZE and DETOKENIZE answer with one event and never reach the scheduler."""
 
     GENERATE = "generate"
     TOKENIZE = "tokenize"
     """`prompt_token_ids`, `prompt_text` (after the chat template) and `num_prompt_tokens`."""
     DETOKENIZE = "detokenize"
     """`text` of a prompt of token ids."""
+    EMBED = "embed"
+    """`embedding` of a prompt, in the one event that answers."""
 
 
 @dataclass(slots=True, eq=False)
@@ -449,6 +451,8 @@ class TokenEvent:
     prompt_logprobs: Sequence[Sequence[TokenLogprob] | None] | None = None
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    embedding: bytes = b""
+    """float32, little-endian."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
     python -m tests.gpu.llm_speed decode|concurrent|prefill … [--num 32] [--device cuda:0] [--shape llama-3.1-8b]
 
 Each result is a line of llm.jsonl in the results' folder as soon as it is there. `--device simulated:0 --shape tiny`
-tries the code where there is no GPU; its numbers mean nothing.
+tries the code where there is no GPU; its numbers mean nothing. `--device cpu --shape qwen2.5-0.5b` measures a CPU.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Bench:
         self.limits: Limits = limits_of(chosen)
         started_s = time.perf_counter()
         self.serving = TimedServing(
-            folder, kv_bytes=0 if device.startswith("cuda") else 64 << 20, parameters={"load_format": "dummy"},
+            folder, kv_bytes=0 if device.startswith("cuda") else 256 << 20, parameters={"load_format": "dummy"},
             device=device, **settings,
         )  # fmt: skip
         self.load_s = time.perf_counter() - started_s
@@ -182,16 +182,16 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=32)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--shape", default="llama-3.1-8b")
-    parser.add_argument("--attention", default="")
     parser.add_argument("--quantization", default="")
     asked = parser.parse_args()
-    small = asked.shape == "tiny"
-    parameters = {"max_model_len": 128 if small else 9216, "quantization": asked.quantization}
+    small, on_gpu = asked.shape == "tiny", asked.device.startswith("cuda")
+    longest = 128 if small else 9216 if on_gpu else 1024
+    parameters = {"max_model_len": longest, "quantization": asked.quantization}
     bench = Bench(asked.shape, asked.device, **parameters)
     try:
         match asked.what:
             case "decode":
-                for context in (16,) if small else (512, 8192):
+                for context in (16,) if small else (512, 8192) if on_gpu else (512,):
                     decode(bench, context, 8 if small else 256)
             case "concurrent":
                 concurrent(bench, asked.num, *((20, 3) if small else (512, 128)))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from enginehouse.errors import EnginehouseError
 from enginehouse.types import FinishReason, TokenEvent, TokenLogprob
 from enginehouse_backends.llm.generation import Generation
+from enginehouse_backends.llm.pooling import PooledText, PoolingSettings, Vector
 from enginehouse_backends.llm.runner import RowLogprobs
 from enginehouse_backends.llm.stop_strings import StopStrings
 from enginehouse_backends.llm.tokenizer import Tokenizer, TokenStream
@@ -22,6 +23,7 @@ class Answer:
         "_eos",
         "_event",
         "_logprobs",
+        "_pooled",
         "_prompt_logprobs",
         "_stops",
         "_stream",
@@ -43,6 +45,7 @@ class Answer:
         streaming: bool,
         return_prompt: bool = False,
         prompt_text: str | None = None,
+        pooling: PoolingSettings | None = None,
     ) -> None:
         sampling = generation.sampling
         self.generation = generation
@@ -56,6 +59,7 @@ class Answer:
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output) if sampling.stop else None
         self._logprobs: list[Sequence[TokenLogprob]] = []
         self._prompt_logprobs: list[Sequence[TokenLogprob] | None] = [None]
+        self._pooled = PooledText(pooling, generation.num_prompt) if pooling is not None else None
         self._event: TokenEvent | None = None
         """What has gathered and not been sent."""
 
@@ -81,6 +85,19 @@ class Answer:
             return self._take_event() if self._streaming else None
         event.finish_reason, event.stop_reason = self.finish_reason, stop_reason
         return self._take_event()
+
+    def add_vector(self, vector: Vector, is_first: bool) -> None:
+        """What a step gave for a text that is embedded; `is_first` where it began with the text's first token."""
+        assert self._pooled is not None, "bug: a vector for a text that isn't embedded"
+        self._pooled.add(vector, is_first)
+
+    def end_with_vector(self, now_ns: int) -> TokenEvent:
+        """The text is embedded: the event that says so."""
+        assert self._pooled is not None, "bug: a vector for a text that isn't embedded"
+        self.first_token_ns = self.last_token_ns = now_ns
+        event = self.end(FinishReason.STOP)
+        event.embedding = self._pooled.finish().tobytes()
+        return event
 
     def end(self, reason: FinishReason, error: EnginehouseError | None = None) -> TokenEvent:
         """Ended from outside: cancelled, or failed. What was held back goes along."""

@@ -32,6 +32,7 @@ from enginehouse.types import (
     GenerateRequest,
     GenerateTask,
     MetricFamily,
+    SamplingParameters,
     TokenEvent,
 )
 from enginehouse_backends.llm.answering import Answer
@@ -46,6 +47,7 @@ from enginehouse_backends.llm.generation import Generation
 from enginehouse_backends.llm.llm_settings import DEFAULT_GROUP, LlmSettings, read_settings
 from enginehouse_backends.llm.metrics import LlmMetrics
 from enginehouse_backends.llm.planning import CONTEXT_BYTES, LlmPlan, plan_llm
+from enginehouse_backends.llm.pooling import MEAN
 from enginehouse_backends.llm.preparing import Preparer, PromptLimits
 from enginehouse_backends.llm.ranks import Order, ParallelRunner, Ranks, load_on_ranks
 from enginehouse_backends.llm.runner import Runner
@@ -165,7 +167,7 @@ class LlmInstance(GenerativeInstance):
         except BaseException:
             _GROUPS.leave(self._group)
             raise
-        self._tokenizer = tokenizer
+        self._tokenizer, self._pooling = tokenizer, settings.pooling
         self._eos = frozenset(_eos_token_ids(architecture, tokenizer))
         chat = None if tokenizer is None else ChatTemplate(tokenizer, settings.tokenizer_folder, settings.chat_template)
         limits = PromptLimits(architecture.vocab_size, plan.max_model_len, self._eos)
@@ -282,18 +284,25 @@ class LlmInstance(GenerativeInstance):
                 self.engine.cancel(self.llm, request.id)
 
     def _enter(self, request: GenerateRequest, arrived_ns: int) -> None:
-        if request.task is not GenerateTask.GENERATE:
+        embeds = bool(self._pooling.kind)
+        if request.task in (GenerateTask.TOKENIZE, GenerateTask.DETOKENIZE):
             event = self._preparer.answer_text_task(request)
             event.finish_reason = FinishReason.STOP
             self._emit([event])
             return
+        if embeds is not (request.task is GenerateTask.EMBED):
+            does = "makes embeddings and generates no text" if embeds else "generates text and makes no embeddings"
+            raise InvalidArgument(f"model '{self._name}' {does}")
+        if embeds:
+            request.sampling = SamplingParameters(temperature=0.0, max_tokens=1, detokenize=False)
         generation = self._preparer.prepare(request, self.llm.most_tokens)
         generation.arrived_ns = arrived_ns
         self.engine.submit(self.llm, self._answer(generation, request))
 
     def _answer(self, generation: Generation, request: GenerateRequest) -> Answer:
         text = self._preparer.prompt_text(request) if request.return_prompt else None
-        return Answer(generation, self._tokenizer, self._eos, request.stream, request.return_prompt, text)
+        pooling = self._pooling if self._pooling.kind else None
+        return Answer(generation, self._tokenizer, self._eos, request.stream, request.return_prompt, text, pooling)
 
 
 def _is_quick(request: GenerateRequest) -> bool:
@@ -313,7 +322,8 @@ def _serve(
         max_running=plan.max_num_seqs,
         max_batched_tokens=plan.max_batched_tokens,
         target_itl_s=settings.target_itl_ms / 1000,
-        prefix_caching=settings.enable_prefix_caching,
+        # a mean needs the rows of all tokens
+        prefix_caching=settings.enable_prefix_caching and settings.pooling.kind != MEAN,
     )
     per_page = arena.blocks_per_page(runner.block_bytes)
     max_blocks = -(-plan.max_model_len // runner.block_size)

@@ -45,6 +45,8 @@ class Checkpoint:
         self._maps: dict[Path, mmap.mmap] = {}
         for path in _weight_files(folder):
             self._tensors.update({_text_name(name): stored for name, stored in _read_header(path).items()})
+        if "embed_tokens.weight" in self._tensors:  # saved without its head: the decoder alone
+            self._tensors = {f"model.{name}": stored for name, stored in self._tensors.items()}
         self._check_index()
 
     @property
@@ -100,7 +102,7 @@ class Checkpoint:
     def _check_index(self) -> None:
         index = _read_index(self.folder)
         for name, file in index.items():
-            if _text_name(name) not in self._tensors:
+            if not {_text_name(name), f"model.{name}"} & self._tensors.keys():
                 raise InvalidArgument(f"{self.folder / file} lacks the tensor '{name}' that the index promises")
 
 

@@ -111,6 +111,8 @@ class Build:
     """Longest context served: rotary tables reach so far. 0 is the architecture's."""
     on_loaded: Callable[[int], None] = lambda num_bytes: None
     """Called with the bytes of each checkpoint tensor that has found its place."""
+    pooled: bool = False
+    """The model gives its last layer's normed rows instead of logits: for embeddings."""
     share_tied: bool = False
     """Embeddings read a tied head's packed weights, and keep no copy of their own (native programs)."""
 
@@ -296,6 +298,20 @@ class Head(Layer):
         logits = self._build.group.all_gather(logits) if self._is_divided else logits
         logits = logits.float()
         return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+
+class NoHead(Layer):
+    """The wanted rows as they are, float32: of a model that embeds."""
+
+    def __call__(self, x: Value) -> Value:
+        if isinstance(x, Symbol):
+            raise NotNative("pooling")
+        return x.float()
+
+
+def make_head(build: Build, name: str, embedding: Embedding | None, softcap: float = 0.0) -> Head | NoHead:
+    """As Head's own arguments."""
+    return NoHead() if build.pooled else Head(build, name, embedding, softcap)
 
 
 class GatedActivation(Layer):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from enginehouse.backend import LoadContext
 from enginehouse.errors import InvalidArgument, NotFound
+from enginehouse_backends.llm.pooling import PoolingSettings, read_pooling
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class LlmSettings:
     kv_bytes: int = 0
     num_threads: int = 0
     max_waiting: int = 0
+    pooling: PoolingSettings = field(default_factory=PoolingSettings)
+    """Whether it embeds, and how."""
     load_format: str = ""
     """dummy makes random weights, for measuring; config.json alone is needed then."""
     gpu_memory_utilization: float = 0.0
@@ -86,6 +89,7 @@ def read_settings(context: LoadContext) -> LlmSettings:
         kv_bytes=int(context.config.serving.memory.kv_bytes),
         num_threads=_count_parameter(context, "num_threads"),
         max_waiting=_count_parameter(context, "max_waiting"),
+        pooling=read_pooling(folder, str(given.get("task") or "")),
         load_format=_load_format(context, given),
         gpu_memory_utilization=_fraction(context, given, "gpu_memory_utilization"),
         attention=_attention(context),

@@ -63,9 +63,13 @@ class LlmPlan:
     attention: str = ""
     """Which attention kernels of a GPU; "" measures."""
     num_ranks: int = 1
+    pooling: str = ""
+    """Of a model that embeds."""
 
     @property
     def max_wanted(self) -> int:
+        if self.pooling:
+            return self.max_batched_tokens + self.max_num_seqs
         return self.max_num_seqs + MAX_FOLLOWED_TOKENS
 
 
@@ -128,6 +132,7 @@ def _plan_on_cpu(name: str, settings: LlmSettings, architecture: Architecture, c
         max((settings.num_threads or default_num_threads()) // settings.tensor_parallel_size, 1),
         quantization=settings.quantization,
         num_ranks=settings.tensor_parallel_size,
+        pooling=settings.pooling.kind,
     )
 
 
@@ -174,6 +179,7 @@ def _plan_on_gpus(
         kv_cache_dtype=kv_dtype,
         attention=settings.attention,
         num_ranks=ranks,
+        pooling=settings.pooling.kind,
     )
 
 

@@ -130,7 +130,7 @@ class ParallelRunner(Runner):
 
     def __init__(self, ranks: Ranks, key: str, own: Runner) -> None:
         self._ranks, self._key, self._own = ranks, key, own
-        self.is_asynchronous = own.is_asynchronous
+        self.is_asynchronous, self.pooling = own.is_asynchronous, own.pooling
         self.max_wanted, self.block_size = own.max_wanted, own.block_size
         self.weight_bytes, self.workspace_bytes = own.weight_bytes, own.workspace_bytes
 

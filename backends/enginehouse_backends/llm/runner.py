@@ -84,6 +84,8 @@ class StepOutput:
     logprobs: Sequence[RowLogprobs | None]
     """As long as token_ids, or empty if nobody asked."""
     followed: Sequence[RowLogprobs] = ()
+    vectors: FloatArray | None = None
+    """[S, width] of a model that embeds: each sequence's last row, or the sum of this step's."""
 
 
 class RunningStep(ABC):
@@ -113,6 +115,8 @@ class Runner(ABC):
     is_asynchronous = False
     """Whether `start` returns before the step is done, so that the next one can be planned meanwhile."""
 
+    pooling = ""
+    """Of a model that embeds: "last" or "mean" (pooling.py)."""
     max_wanted: int
     """Most rows whose logits a step may want."""
     block_size: int

@@ -25,6 +25,7 @@ from enginehouse_backends.llm.models import DecoderModel, build_model
 from enginehouse_backends.llm.native_linear import load_native
 from enginehouse_backends.llm.native_program import NativeProgram, check_native
 from enginehouse_backends.llm.parallel_group import ParallelGroup
+from enginehouse_backends.llm.pooling import pool_rows
 from enginehouse_backends.llm.program import NotNative
 from enginehouse_backends.llm.quantization.linears import Place
 from enginehouse_backends.llm.quantization.loading import QuantizationPlan, plan_quantization, quantized_loader
@@ -52,6 +53,8 @@ class CpuRunnerSettings:
     """False leaves the native kernels out, for comparison."""
     quantization: str = ""
     """How to round dense weights (int8, int4); "" leaves them, and serves quantized checkpoints as they are."""
+    pooling: str = ""
+    """Of a model that embeds; it runs on torch."""
 
 
 class _Executor(ABC):
@@ -84,6 +87,7 @@ class CpuRunner(Runner):
         self.max_wanted, self.block_size = settings.max_wanted, settings.block_size
         torch.set_num_threads(settings.num_threads)
         self._executor = _make_executor(architecture, checkpoint, settings, on_loaded, group or ParallelGroup())
+        self.pooling = settings.pooling
         self.is_native = isinstance(self._executor, _NativeExecutor)
         self.weight_bytes = checkpoint.num_bytes()
         self.workspace_bytes = self._executor.workspace_bytes
@@ -100,6 +104,8 @@ class CpuRunner(Runner):
     def run(self, step: StepInput) -> StepOutput:
         assert self._arena is not None, "bug: a step runs before the arena is attached"
         logits, greedy = self._executor.run(step, self._arena)
+        if self.pooling:
+            return StepOutput([0] * len(step.sampled), [], vectors=pool_rows(logits, step, self.pooling).numpy())
         return sample(logits, greedy, step)
 
     def copy_blocks(self, source_places: IntArray, target_places: IntArray) -> None:
@@ -127,10 +133,11 @@ def _make_executor(
         quantized_loader(plan, Place.TORCH, load_dense) if plan.is_active else load_dense,
         dtype=settings.dtype,
         group=group,
+        pooled=bool(settings.pooling),
         max_positions=settings.max_positions,
         on_loaded=on_loaded,
     )
-    if settings.native and group.world_size == 1:
+    if settings.native and group.world_size == 1 and not settings.pooling:
         try:
             return _NativeExecutor(build, checkpoint, settings, plan)
         except NoKernels as error:

@@ -38,6 +38,7 @@ from enginehouse_backends.llm.kernels.triton_sampling import SamplingRows, sampl
 from enginehouse_backends.llm.layers import Build
 from enginehouse_backends.llm.models import build_model
 from enginehouse_backends.llm.parallel_group import ParallelGroup
+from enginehouse_backends.llm.pooling import pool_rows
 from enginehouse_backends.llm.quantization.linears import Place
 from enginehouse_backends.llm.quantization.loading import plan_quantization, quantized_loader
 from enginehouse_backends.llm.row_operations import TritonRows
@@ -68,6 +69,8 @@ class CudaRunnerSettings:
     block_size: int = 16
     quantization: str = ""
     kv_cache_dtype: torch.dtype | None = None
+    pooling: str = ""
+    """Of a model that embeds."""
     use_graphs: bool = True
 
 
@@ -107,7 +110,7 @@ class CudaRunner(Runner):
     ) -> None:
         """Loads the weights. Raises an EnginehouseError for a checkpoint that doesn't fit the architecture."""
         self.max_wanted, self.block_size = settings.max_wanted, settings.block_size
-        self._settings, self._runtime = settings, runtime
+        self._settings, self._runtime, self.pooling = settings, runtime, settings.pooling
         plan = plan_quantization(architecture.raw, settings.quantization)
         self._build = Build(
             architecture,
@@ -118,6 +121,7 @@ class CudaRunner(Runner):
             rows=TritonRows(),
             max_positions=settings.max_positions,
             on_loaded=on_loaded,
+            pooled=bool(settings.pooling),
             # one copy of a tied table, where it lies as it is and whole
             share_tied=not plan.is_active and (group is None or group.world_size == 1),
         )
@@ -194,7 +198,7 @@ class CudaRunner(Runner):
         self._runtime.synchronize()  # weights and buffers were filled on another stream
         before = self._runtime.free_bytes()
         self._buckets = {}
-        if self._settings.use_graphs and self._model.is_capturable:
+        if self._settings.use_graphs and not self.pooling and self._model.is_capturable:
             # the largest first: the smaller ones reuse its memory
             for size in reversed(self._batch_sizes):
                 self._buckets[size] = self._capture(size)
@@ -272,6 +276,9 @@ class CudaRunner(Runner):
         self._runtime.launch(copy)
 
     def _launch_compute(self, layout: StepLayout, bucket: _Bucket | None, running: _RunningCudaStep) -> None:
+        if self.pooling:
+            self._launch_pooling(layout, running)
+            return
         num_wanted, staging = len(running.step.wanted_rows), running.staging
         host_rows = running.sampling.host_rows
         if len(host_rows):
@@ -291,8 +298,19 @@ class CudaRunner(Runner):
 
         self._runtime.launch(compute)
 
-    def _host_logits(self, staging: _Staging, num_rows: int) -> torch.Tensor:
-        vocab = self._build.architecture.vocab_size
+    def _launch_pooling(self, layout: StepLayout, running: _RunningCudaStep) -> None:
+        step, width = running.step, self._build.architecture.hidden_size
+        running.host_logits = self._host_logits(running.staging, len(step.slots), width)
+
+        @torch.inference_mode()
+        def compute() -> None:
+            rows = pool_rows(self._forward(layout), step, self.pooling)
+            running.host_logits.copy_(rows, non_blocking=True)
+
+        self._runtime.launch(compute)
+
+    def _host_logits(self, staging: _Staging, num_rows: int, width: int = 0) -> torch.Tensor:
+        vocab = width or self._build.architecture.vocab_size
         if staging.host_logits is None or staging.host_logits.shape[0] < num_rows:
             memory = self._runtime.pinned(4 * num_rows * vocab)
             staging.host_logits = memory.view(torch.float32).view(num_rows, vocab)
@@ -301,6 +319,9 @@ class CudaRunner(Runner):
     def finish(self, running: _RunningCudaStep) -> StepOutput:
         assert running.event is not None, "bug: a step is finished that was not started"
         running.event.wait()
+        if self.pooling:
+            running.staging.is_free = True
+            return StepOutput([0] * len(running.step.sampled), [], vectors=running.host_logits.numpy().copy())
         chosen = running.staging.tokens[: len(running.step.wanted_rows)].numpy()
         output = merge(running.step, running.sampling, chosen, running.host_logits)
         running.staging.is_free = True
@@ -320,7 +341,7 @@ class CudaRunner(Runner):
         batch = self._device_step(layout, tokens)
         logits = self._model.forward(tokens, batch)
         assert isinstance(logits, torch.Tensor), "bug: a model gave no tensor"
-        if sizes.wanted:
+        if sizes.wanted and not self.pooling:
             rows = SamplingRows(
                 self._view(layout, "temperatures").view(torch.float32),
                 self._view(layout, "top_ks"),
@@ -386,7 +407,7 @@ class CudaRunner(Runner):
 class _RunningCudaStep(RunningStep):
     def __init__(self, runner: CudaRunner, step: StepInput, sampling: SamplingPlan, staging: _Staging) -> None:
         self._runner, self.step, self.sampling, self.staging = runner, step, sampling, staging
-        self.may_overlap = not len(sampling.host_rows)
+        self.may_overlap = not len(sampling.host_rows) and not runner.pooling
         self.event: Event | None = None
         self.host_logits = torch.empty(0)
 

@@ -66,6 +66,7 @@ def make_runner(
         block_size=plan.block_size,
         num_threads=plan.num_threads,
         quantization=plan.quantization,
+        pooling=plan.pooling,
     )
     return CpuRunner(architecture, checkpoint, settings, on_loaded, group)
 
@@ -96,6 +97,7 @@ def _make_cuda_runner(
         block_size=plan.block_size,
         quantization=plan.quantization,
         kv_cache_dtype=plan.kv_cache_dtype,
+        pooling=plan.pooling,
     )
     return CudaRunner(architecture, checkpoint, settings, runtime, group, on_loaded)
 

@@ -18,7 +18,7 @@ from enginehouse.types import FinishReason, TokenEvent
 from enginehouse_backends.llm.answering import Answer
 from enginehouse_backends.llm.generation import Generation, GenerationState
 from enginehouse_backends.llm.metrics import LlmMetrics
-from enginehouse_backends.llm.runner import Runner, RunningStep, StepInput, StepOutput
+from enginehouse_backends.llm.runner import FloatArray, Runner, RunningStep, StepInput, StepOutput
 from enginehouse_backends.llm.scheduler import Scheduler, StepPlan
 from enginehouse_backends.llm.step_building import BlockTable, build_step
 
@@ -159,7 +159,7 @@ class ServedLlm:
     def _start(self, plan: StepPlan, before: _StartedStep | None, started_ns: int) -> _StartedStep | None:
         unseen = () if before is None else before.step.sampled
         try:
-            step = build_step(plan, self._table, unseen)
+            step = build_step(plan, self._table, unseen, self.runner.pooling)
             running = self.runner.start(step)
         except Exception as error:
             self._fail_step(plan, error)
@@ -183,8 +183,11 @@ class ServedLlm:
         seconds = (now_ns - max(started.started_ns, self._finished_ns)) / 1e9
         self._finished_ns = now_ns
         self.scheduler.latency.observe(plan.num_decoding, plan.num_prompt_tokens, seconds)
-        self._take_prompt_logprobs(plan, output)
-        self._take_tokens(step, output, now_ns)
+        if output.vectors is not None:
+            self._take_vectors(plan, output.vectors, now_ns)
+        else:
+            self._take_prompt_logprobs(plan, output)
+            self._take_tokens(step, output, now_ns)
         self._count_step(plan)
 
     @staticmethod
@@ -220,6 +223,18 @@ class ServedLlm:
             if event is not None:
                 self._events.append(event)
             if answer.finish_reason is not None:
+                self._finish(answer)
+
+    def _take_vectors(self, plan: StepPlan, vectors: FloatArray, now_ns: int) -> None:
+        """Of a model that embeds: a text is done with its last token."""
+        for (generation, count), vector in zip(plan.shares, vectors, strict=True):
+            if generation.state is GenerationState.FINISHED:
+                continue
+            answer = self._answers[generation.id]
+            answer.add_vector(vector, is_first=generation.num_computed == count)
+            if generation.num_left == 0:
+                self._observe_token(answer, now_ns)
+                self._events.append(answer.end_with_vector(now_ns))
                 self._finish(answer)
 
     def _take_prompt_logprobs(self, plan: StepPlan, output: StepOutput) -> None:

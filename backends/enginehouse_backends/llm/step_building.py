@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from enginehouse_backends.llm.generation import Generation
+from enginehouse_backends.llm.pooling import wanted_rows
 from enginehouse_backends.llm.runner import FollowedToken, IntArray, StepInput
 from enginehouse_backends.llm.scheduler import StepPlan
 
@@ -39,11 +40,21 @@ class BlockTable:
         return changed
 
 
-def build_step(plan: StepPlan, table: BlockTable, running: Sequence[Generation] = ()) -> StepInput:
+def build_step(
+    plan: StepPlan, table: BlockTable, running: Sequence[Generation] = (), pooling: str = ""
+) -> StepInput:
     """`plan` has not run yet: its generations' computed tokens already count what it computes.
 
     running: those that a step that isn't finished samples, in its order; their newest tokens aren't known.
+    pooling: the runner's.
     """
+    step = _build(plan, table, running)
+    if pooling:
+        step.wanted_rows = wanted_rows(np.diff(step.query_starts), pooling)
+    return step
+
+
+def _build(plan: StepPlan, table: BlockTable, running: Sequence[Generation]) -> StepInput:
     if plan.num_tokens == len(plan.shares) and not any(wants_prompt_logprobs(g) for g, _ in plan.shares):
         return _build_single_tokens(plan, table, running)
     tokens: list[int] = []

@@ -52,6 +52,12 @@ def build_model(build: Build) -> DecoderModel:
     Raises Unsupported for an unknown family.
     """
     family = build.architecture.family
+    if build.pooled and family.endswith("Model"):  # saved without its head
+        family = f"{family.removesuffix('Model').removesuffix('Text')}ForCausalLM"
+    if build.pooled and family not in _MODULES:
+        raise Unsupported(
+            f"architecture '{family}' can't embed in this engine; those that can are {', '.join(known_architectures())}"
+        )
     if family not in _MODULES and not _transformers_knows(build.architecture.raw):
         raise Unsupported(f"architecture '{family}' is not supported; known are {', '.join(known_architectures())}")
     module, name = _MODULES.get(family, ("general", "GeneralModel"))

@@ -9,13 +9,13 @@ from enginehouse_backends.llm.layers import (
     AttentionLayer,
     Build,
     Embedding,
-    Head,
     Layer,
     Linear,
     Part,
     RmsNorm,
     Split,
     Value,
+    make_head,
     make_rope,
     select_rows,
 )
@@ -82,7 +82,7 @@ class GemmaModel(DecoderModel):
         ]
         self.norm = RmsNorm(build, "model.norm", a.hidden_size, offset=1.0)
         softcap = float(a.text.get("final_logit_softcapping") or 0.0)
-        self.head = Head(build, "lm_head", self.embedding if a.tied_embeddings else None, softcap)
+        self.head = make_head(build, "lm_head", self.embedding if a.tied_embeddings else None, softcap)
 
     def forward(self, tokens: Value, step: StepBatch | None) -> Value:
         x, residual = self.embedding(tokens), None

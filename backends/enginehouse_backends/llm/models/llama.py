@@ -13,7 +13,6 @@ from enginehouse_backends.llm.layers import (
     Build,
     Embedding,
     GatedActivation,
-    Head,
     Layer,
     Linear,
     Part,
@@ -21,6 +20,7 @@ from enginehouse_backends.llm.layers import (
     Split,
     Value,
     add,
+    make_head,
     make_rope,
     select_rows,
 )
@@ -106,7 +106,7 @@ class LlamaModel(DecoderModel):
         self.embedding = Embedding(build, "model.embed_tokens")
         self.blocks = [LlamaBlock(self, index, rope) for index in range(a.num_layers)]
         self.norm = RmsNorm(build, "model.norm", a.hidden_size)
-        self.head = Head(build, "lm_head", self.embedding if a.tied_embeddings else None)
+        self.head = make_head(build, "lm_head", self.embedding if a.tied_embeddings else None)
 
     def qkv_bias(self) -> bool:
         return bool(self.build.architecture.raw.get("attention_bias", False))

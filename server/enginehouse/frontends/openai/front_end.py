@@ -14,6 +14,7 @@ from enginehouse.frontends.compression import too_large
 from enginehouse.frontends.http1 import Request
 from enginehouse.frontends.http_message import NOT_FOUND, HttpRequest, HttpResponse, Reply, error_response
 from enginehouse.frontends.http_routes import PathParts, Route, RouteHandler
+from enginehouse.frontends.openai.embeddings import EmbeddingHandler
 from enginehouse.frontends.openai.errors import BadField, error_reply, named_error
 from enginehouse.frontends.openai.generation import run
 from enginehouse.frontends.openai.handlers import GenerationHandlers, chat_prompt, model_of, not_served
@@ -33,6 +34,7 @@ class OpenAIFrontEnd:
         self._core = core
         self._created = int(time.time())
         self._generation = GenerationHandlers(core, options)
+        self._embedding = EmbeddingHandler(core, options)
         self._restricted = RestrictedOpenAIApis(options.openai_restricted_api)
         self._max_body_bytes = options.http_max_input_size
         self._num_asked = 0
@@ -42,6 +44,7 @@ class OpenAIFrontEnd:
         return [
             Route("/v1/completions", POST, None, self._guarded(generation.completions)),
             Route("/v1/chat/completions", POST, None, self._guarded(generation.chat)),
+            Route("/v1/embeddings", POST, None, self._guarded(self._embedding.embeddings, "embedding")),
             Route("/v1/models", GET, None, self._list_models),
             Route("/v1/models/(?P<model>.+)/load", POST, None, self._load),
             Route("/v1/models/(?P<model>.+)/unload", POST, None, self._unload),
@@ -53,13 +56,15 @@ class OpenAIFrontEnd:
             Route("/version", GET, None, self._version),
         ]
 
-    def _guarded(self, handler: Callable[[HttpRequest], Awaitable[Reply]]) -> RouteHandler:
-        """Errors in this API's shape; and no route at all where there is no language model."""
+    def _guarded(
+        self, handler: Callable[[HttpRequest], Awaitable[Reply]], group: str = "inference"
+    ) -> RouteHandler:
+        """Errors in this API's shape; and no route at all to what only language models do where there is none."""
 
         async def handle(http: HttpRequest, parts: PathParts) -> Reply:
-            if not self._may_have_models():
+            if group == "inference" and not self._may_have_models():
                 return NOT_FOUND
-            if (refused := self._refused("inference", http)) is not None:
+            if (refused := self._refused(group, http)) is not None:
                 return refused
             if len(http.body) > self._max_body_bytes:
                 return self._too_large()

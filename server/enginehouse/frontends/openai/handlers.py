@@ -38,7 +38,7 @@ class GenerationHandlers:
     async def completions(self, http: HttpRequest) -> Reply:
         body = decode(http.body, CompletionRequest)
         served = await model_of(self._core, body.model)
-        prompts = _prompts(body.prompt)
+        prompts = prompts_of(body.prompt)
         sampling = completion_sampling(body, self._default_max_tokens)
         answer = _answer(body, http, served, "cmpl-", len(prompts), sampling.logprobs)
         answer.echo = bool(body.echo)
@@ -93,27 +93,27 @@ def not_served(core: Core, name: str) -> NotFound:
     return NotFound(f"The model '{name}' does not exist.")
 
 
-def _prompts(prompt: str | list[Any] | None) -> list[str | list[int]]:
-    """One for each text or list of token ids."""
-    if prompt is None:
-        raise BadField("prompt", "is missing")
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise BadField("prompt", "is empty")
-    if isinstance(prompt[0], int):
-        return [_token_ids(prompt)]
-    if len(prompt) > MAX_PROMPTS:
-        raise BadField("prompt", f"{len(prompt)} prompts are more than {MAX_PROMPTS}")
-    return [each if isinstance(each, str) else _token_ids(each) for each in prompt]
+def prompts_of(given: str | list[Any] | None, field: str = "prompt") -> list[str | list[int]]:
+    """One for each text or list of token ids. `field` is what errors call it."""
+    if given is None:
+        raise BadField(field, "is missing")
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise BadField(field, "is empty")
+    if isinstance(given[0], int):
+        return [_token_ids(given, field)]
+    if len(given) > MAX_PROMPTS:
+        raise BadField(field, f"{len(given)} prompts are more than {MAX_PROMPTS}")
+    return [each if isinstance(each, str) else _token_ids(each, field) for each in given]
 
 
-def _token_ids(prompt: Any) -> list[int]:
-    if not isinstance(prompt, list) or set(map(type, prompt)) != {int}:
-        raise BadField("prompt", "is neither a text nor a list of token ids, nor a list of them")
-    if min(prompt) < 0:
-        raise BadField("prompt", f"{min(prompt)} is no token id")
-    return prompt
+def _token_ids(given: Any, field: str) -> list[int]:
+    if not isinstance(given, list) or set(map(type, given)) != {int}:
+        raise BadField(field, "is neither a text nor a list of token ids, nor a list of them")
+    if min(given) < 0:
+        raise BadField(field, f"{min(given)} is no token id")
+    return given
 
 
 def chat_prompt(body: ChatRequest, chat_template: str) -> ChatPrompt:
