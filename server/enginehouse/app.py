@@ -283,7 +283,8 @@ async def _started(front_end: FrontEnd) -> None:
         raise StartFailed(error.message) from error
 
 
-async def _serve(options: ServerOptions, logs: ServerLogging) -> int:
+async def _serve(options: ServerOptions, logs: ServerLogging) -> tuple[int, bool]:
+    """The exit status, and whether threads are left that don't end."""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -292,7 +293,7 @@ async def _serve(options: ServerOptions, logs: ServerLogging) -> int:
         server = Server(options, logs)
     except EnginehouseError as error:
         print(f"error: creating server: {error.code.value} - {error}", file=sys.stderr, flush=True)
-        return 1
+        return 1, False
     starting = asyncio.ensure_future(server.start())
     told = asyncio.ensure_future(stopping.wait())
     await asyncio.wait([starting, told], return_when=asyncio.FIRST_COMPLETED)
@@ -306,7 +307,7 @@ async def _serve(options: ServerOptions, logs: ServerLogging) -> int:
         await told
         starting.cancel()
     await server.stop()
-    return status
+    return (1, True) if server.hosts.has_remains else (status, False)
 
 
 def run(options: ServerOptions) -> int:
@@ -322,4 +323,9 @@ def run(options: ServerOptions) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     with logging_to as logs:
-        return uvloop.run(_serve(options, logs))
+        status, has_remains = uvloop.run(_serve(options, logs))
+    if has_remains:  # native code that still runs would have the interpreter's end be an abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status

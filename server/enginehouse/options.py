@@ -80,6 +80,9 @@ class ServerOptions:
     """See the flags' help texts. `warnings` are lines for stderr, printed by who parsed."""
 
     id: str = _server("triton", text, "Identifier of this server: the name in its metadata.")
+    api_key: tuple[str, ...] = _server(
+        (), text, "Demand 'Authorization: Bearer <key>' over HTTP and gRPC; health stays open."
+    )
     exit_timeout_secs: int = _server(30, integer, "Seconds to wait at exit for requests in flight.")
     exit_on_error: bool = _server(True, boolean, "Exit if a model fails to load at start.")
     strict_readiness: bool = _server(
@@ -136,6 +139,9 @@ class ServerOptions:
         67108864,
         option_values.at_least_one("http-max-input-size"),
         "Largest request body in bytes, also after decompression.",
+    )
+    cors_allowed_origin: tuple[str, ...] = _http(
+        (), text, "Let pages of this origin (https://host, or * for all) ask from browsers."
     )
     http_use_ssl: bool = _http(False, boolean, "Serve TLS (HTTPS).")
     http_use_ssl_mutual: bool = _http(False, boolean, "Serve TLS and demand client certificates.")

@@ -1,4 +1,4 @@
-"""The curl commands of the operations and metrics pages, run as they stand against the example models."""
+"""README's first steps and the curl commands of the operations and metrics pages, run against the example models."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,3 +46,24 @@ def test_what_the_pages_tell_to_type_works(page: str, server: ServerProcess) -> 
         assert done.returncode == 0, (command, done.stderr)
         if "/metrics" not in command:
             assert "error" not in json.loads(done.stdout), command
+
+
+def blocks_of_readme(language: str, word: str, server: ServerProcess) -> str:
+    """The one block that has the word, with the server's address for the usual one."""
+    text = (ROOT / "README.md").read_text()
+    [block] = [each for each in re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL) if word in each]
+    return str(block).replace("localhost:8000", server.http)
+
+
+def test_the_readmes_first_request_is_answered(examples: ServerProcess) -> None:
+    command = ["bash", "-c", blocks_of_readme("bash", "curl", examples)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    [output] = json.loads(done.stdout)["outputs"]
+    assert (output["name"], output["shape"]) == ("embedding", [2, 384])
+
+
+def test_the_readmes_language_model_answers(examples: ServerProcess) -> None:
+    command = [sys.executable, "-c", blocks_of_readme("python", "openai", examples)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

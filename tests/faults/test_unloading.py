@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import psutil
 import pytest
 import tritonclient.http as http
+from onnx import TensorProto, helper
 from tritonclient.utils import InferenceServerException
 
 from enginehouse.testing.server import ServerProcess
@@ -162,6 +164,72 @@ def test_taking_a_hung_instance_away_ends_it(server: ServerProcess) -> None:
         ended = [each for each in hanging if not each.is_alive()]
         assert len(ended) == 1
         assert "was to go and answered nothing" in str(ended[0].answer)
+
+
+def write_endless(root: Path) -> None:
+    """ONNX Runtime in a thread of the server: N steps of a loop, which may be as good as endless."""
+    shape = [1000]
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["goes"]), helper.make_node("Sin", ["value"], ["next"])],
+        "body",
+        [
+            helper.make_tensor_value_info("step", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("value", TensorProto.FLOAT, shape),
+        ],
+        [
+            helper.make_tensor_value_info("goes", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, shape),
+        ],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Loop", ["N", "", "start"], ["Y"], body=body)],
+        "g",
+        [helper.make_tensor_value_info("N", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, shape)],
+        [helper.make_tensor("start", TensorProto.FLOAT, shape, [0.0] * 1000)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (root / "endless" / "1").mkdir(parents=True)
+    onnx.save(model, str(root / "endless" / "1" / "model.onnx"))
+    (root / "endless" / "config.pbtxt").write_text(
+        'backend: "onnxruntime" input [{ name: "N" data_type: TYPE_INT64 dims: [1] }]'
+        'output [{ name: "Y" data_type: TYPE_FP32 dims: [1000] }]'
+        "serving { supervision { unload_timeout_s: 0.5 } }"
+    )
+
+
+def test_a_thread_that_hangs_is_said_so_and_does_not_spoil_the_servers_exit(tmp_path: Path) -> None:
+    write_endless(tmp_path)
+
+    def ask_for(address: str, num_steps: int, said: list[str]) -> None:
+        with http.InferenceServerClient(address, network_timeout=60) as client:
+            given = http.InferInput("N", [1], "INT64")
+            given.set_data_from_numpy(np.array([num_steps], np.int64))
+            try:
+                client.infer("endless", [given])
+            except InferenceServerException as error:
+                said.append(str(error.message()))
+
+    with ServerProcess([tmp_path], FLAGS) as server, http.InferenceServerClient(server.http) as client:
+        ask_for(server.http, 1, [])
+        said: list[str] = []
+        hanging = threading.Thread(target=ask_for, args=(server.http, 10**9, said), daemon=True)
+        hanging.start()
+        while psutil.Process(server.pid).cpu_percent(0.2) < 50:
+            continue
+        client.unload_model("endless")
+        wait_unloaded(client, "endless")
+        hanging.join(10)
+        assert said == ["instance 'endless_0' was unloaded and answered nothing for 0.5 s"]
+        word, reason = state(client, "endless")
+        assert word == "UNAVAILABLE"
+        assert reason.startswith("unloaded; instance 'endless_0' still runs in the server's process")
+        assert client.is_server_ready()
+        client.load_model("endless")
+        ask_for(server.http, 1, said)
+        assert len(said) == 1
+        assert server.stop() == 1  # it could not end everything, and says so
 
 
 CONFIG_JSON = (

@@ -45,6 +45,8 @@ _BACKEND_BY_PLATFORM |= {
     "vllm": "vllm",
     "python": "python",
 }
+PLATFORMS = (*sorted(_BACKEND_BY_PLATFORM), ENSEMBLE_PLATFORM)
+"""All that a config may name."""
 _IMPLEMENTATIONS = {"vllm": "llm"}
 
 # What a bare file must end in to be a model, and the format that it is then.

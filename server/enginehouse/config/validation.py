@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from enginehouse.config.backends import PLATFORMS_BY_BACKEND
+from enginehouse.config.backends import PLATFORMS, PLATFORMS_BY_BACKEND
 from enginehouse.config.ensembles import check_ensemble_structure
-from enginehouse.config.problems import Problem
+from enginehouse.config.problems import Problem, nearest_match
 from enginehouse.config.schema import (
     TYPE_FP32,
     TYPE_INT32,
@@ -85,11 +85,21 @@ def check_structure(config: ModelConfig, directory_name: str | None = None) -> I
         )
 
 
+def _known_platforms(found: str) -> str:
+    """What may have been meant; nothing for a platform that is not given, as Triton has it."""
+    if not found:
+        return ""
+    nearest = nearest_match(found, PLATFORMS)
+    hint = f"; did you mean '{nearest}'?" if nearest else ""
+    return f"{hint}; allowed: {', '.join(PLATFORMS)}"
+
+
 def _check_identity(config: ModelConfig) -> Iterator[Problem]:
     if not config.name:
         yield Problem("model configuration must specify 'name'", "name")
     if not config.backend and config.platform != ENSEMBLE_PLATFORM:
-        yield Problem(f"unexpected platform type '{config.platform}' for {config.name}", "platform")
+        hints = _known_platforms(config.platform)
+        yield Problem(f"unexpected platform type '{config.platform}' for {config.name}{hints}", "platform")
     if config.backend and config.platform == ENSEMBLE_PLATFORM:
         yield Problem(
             f"Ensemble model '{config.name}' must have platform type 'ensemble' and empty backend type",

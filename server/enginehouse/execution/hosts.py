@@ -149,6 +149,11 @@ class ModelHosts:
         if self._pool is not None:
             await self._pool.close()
 
+    @property
+    def has_remains(self) -> bool:
+        """After `close` or `end`: whether threads still run in models that should have gone."""
+        return bool(self._loaded)
+
     async def end(self, why: str) -> None:
         for hosted in list(self._loaded):
             await hosted.end(why)

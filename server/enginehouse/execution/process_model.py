@@ -52,6 +52,7 @@ class ProcessHostedModel:
         self._on_health = on_health
         self._history = CrashHistory(policy)
         self._order: dict[str, int] = {}
+        self._is_started = False
         self._closing: asyncio.Task[None] | None = None
 
     @property
@@ -82,6 +83,7 @@ class ProcessHostedModel:
             await self._detach_all()
             raise
         self._note_order(placements)
+        self._is_started = True
 
     async def _add(self, placements: Sequence[Placement]) -> None:
         """Waits for all of them, then raises the first problem."""
@@ -195,10 +197,12 @@ class ProcessHostedModel:
         self._set_health(HostState.READY, "")
 
     def give_up(self, reason: str) -> None:
-        """UNAVAILABLE until it is loaded again; what is left of it ends."""
+        """UNAVAILABLE until it is loaded again; what is left of it ends and gives its memory back."""
         for process, tenant in self.tenants.values():
             process.abandon(tenant)
         self._set_health(HostState.FAILED, reason)
+        if self._closing is None and self._is_started:
+            self._closing = asyncio.ensure_future(self._close())
 
     def _set_health(self, state: HostState, reason: str) -> None:
         if self.health.state is HostState.FAILED:

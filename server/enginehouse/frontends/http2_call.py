@@ -19,7 +19,7 @@ from enginehouse.frontends.http2_stream import Stream
 from enginehouse.frontends.pending import Pending
 from enginehouse.frontends.wire_errors import as_wire_error, grpc_status
 
-DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = 4, 8, 12, 13
+DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAUTHENTICATED = 4, 8, 12, 13, 16
 MAX_MESSAGE_BYTES = 2**31 - 1
 """What protobuf can parse, and grpcio's bound where none is set."""
 _RESPONSE_HEADERS = (

@@ -14,9 +14,10 @@ import re
 import time
 from collections.abc import Awaitable, Mapping
 
+from enginehouse.frontends.access import MISSING_KEY, OPEN_METHODS, Keys
 from enginehouse.frontends.grpc_call import GrpcCall, Method
 from enginehouse.frontends.grpc_delays import GrpcDelays
-from enginehouse.frontends.http2_call import DEADLINE_EXCEEDED, UNIMPLEMENTED, Call
+from enginehouse.frontends.http2_call import DEADLINE_EXCEEDED, UNAUTHENTICATED, UNIMPLEMENTED, Call
 from enginehouse.frontends.http2_connection import Headers, Http2Connection
 from enginehouse.frontends.http2_frames import literal_header
 from enginehouse.frontends.http2_keeping import KeepAlive
@@ -41,7 +42,8 @@ class Http2GrpcServer:
 
     def __init__(self, methods: Mapping[str, Method], options: ServerOptions) -> None:
         restricted = RestrictedApis(options.grpc_restricted_protocol, RESTRICTED_PREFIX)
-        self._calls = _Calls(methods, restricted, _GZIP_LEVELS[options.grpc_infer_response_compression_level])
+        gzip_level = _GZIP_LEVELS[options.grpc_infer_response_compression_level]
+        self._calls = _Calls(methods, restricted, Keys(options.api_key), gzip_level)
         self._keep_alive = KeepAlive.of(options)
         self._options = options
         self._listener: asyncio.Server | None = None
@@ -96,7 +98,10 @@ def _certificates(options: ServerOptions) -> Certificates | None:
 class _Calls:
     """From a stream's headers to the method that it calls."""
 
-    def __init__(self, methods: Mapping[str, Method], restricted: RestrictedApis, gzip_level: int) -> None:
+    def __init__(
+        self, methods: Mapping[str, Method], restricted: RestrictedApis, keys: Keys, gzip_level: int
+    ) -> None:
+        self._keys = keys
         self._gzip_level = gzip_level
         delays = GrpcDelays.from_environment()
         self._methods = {path.encode(): _delayed(method, delays) for path, method in methods.items()}
@@ -131,6 +136,8 @@ class _Calls:
             call.refuse(UNIMPLEMENTED, "")
         elif encoding not in (b"", b"identity", b"gzip", b"deflate"):
             call.refuse(UNIMPLEMENTED, f"Compression algorithm '{encoding.decode('latin-1')}' is not supported")
+        elif self._keys and not self._admits(path, call):
+            call.refuse(UNAUTHENTICATED, MISSING_KEY)
         elif deadline_ns and deadline_ns <= now_ns:
             call.refuse(DEADLINE_EXCEEDED, "Deadline Exceeded")
         else:
@@ -138,6 +145,9 @@ class _Calls:
                 call.gzip_level = self._gzip_level
             call.begin(method, self._missing_header(method, call))
         return call
+
+    def _admits(self, path: bytes, call: Call) -> bool:
+        return self._keys.admit(call.grpc.header("authorization")) or bool(OPEN_METHODS.fullmatch(path.decode()))
 
     def _missing_header(self, method: Method, call: Call) -> str | None:
         if method.api is None or not self._restricted:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from enginehouse.core import Core
+from enginehouse.frontends.access import guarded
 from enginehouse.frontends.cloud.sagemaker import SageMaker
 from enginehouse.frontends.cloud.vertex_ai import VertexAI
 from enginehouse.frontends.console import Console
@@ -65,7 +66,7 @@ def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd
         routes += Console(core).routes()
     router = Router(routes, RestrictedApis(options.http_restricted_api))
     return HttpServer(
-        router.handle,
+        guarded(router.handle, options),
         "HTTP",
         options.http_address,
         options.http_port,
@@ -81,7 +82,7 @@ def serve_openai(core: Core, options: ServerOptions, port: int) -> FrontEnd:
     openai = OpenAIFrontEnd(core, options)
     routes = [*openai.routes(), metrics_route(core)]
     return HttpServer(
-        Router(routes, RestrictedApis(())).handle,
+        guarded(Router(routes, RestrictedApis(())).handle, options),
         "OpenAI",
         options.openai_host,
         port,

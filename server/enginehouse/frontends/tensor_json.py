@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from enginehouse.errors import EnginehouseError, Internal, InvalidArgument
 from enginehouse.frontends.json_values import (
@@ -32,6 +33,7 @@ UNSIGNED = frozenset((DataType.UINT8, DataType.UINT16, DataType.UINT32, DataType
 SIGNED = frozenset((DataType.INT8, DataType.INT16, DataType.INT32, DataType.INT64))
 FLOATING = frozenset((DataType.FP32, DataType.FP64))
 _LENGTH = struct.Struct("<I")
+Values: TypeAlias = list[Any] | NDArray[Any]
 
 
 def bytes_from_json(data: Any, datatype: DataType, shape: Sequence[int]) -> bytes:
@@ -52,7 +54,7 @@ def bytes_from_json(data: Any, datatype: DataType, shape: Sequence[int]) -> byte
 
 def flatten(data: list[Any]) -> list[Any]:
     """The leaves in order. Lists of plain values, the usual case, come back as they are."""
-    if not any(isinstance(element, list) for element in data):
+    if list not in set(map(type, data)):
         return data
     leaves: list[Any] = []
     # An explicit stack: the depth is the client's choice.
@@ -144,6 +146,12 @@ def json_from_tensor(tensor: Tensor) -> list[Any]:
 
     Raises InvalidArgument for types without a JSON form.
     """
+    values = values_of(tensor)
+    return values.tolist() if isinstance(values, np.ndarray) else values
+
+
+def values_of(tensor: Tensor) -> Values:
+    """As `json_from_tensor`, with numbers in an array that `dump_json` takes: floats in the precision of C's double."""
     datatype = tensor.datatype
     if datatype in (DataType.FP16, DataType.BF16):
         raise InvalidArgument(
@@ -151,6 +159,5 @@ def json_from_tensor(tensor: Tensor) -> list[Any]:
         )
     if datatype is DataType.BYTES:
         return [element.decode("utf-8", "replace") for element in tensor.numpy().reshape(-1).tolist()]
-    data = tensor.host_data()
-    values: list[Any] = np.frombuffer(data, datatype.numpy).tolist()
-    return values
+    values = np.frombuffer(tensor.host_data(), datatype.numpy)
+    return values.astype(np.float64) if datatype is DataType.FP32 else values

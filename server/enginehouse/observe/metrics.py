@@ -144,8 +144,12 @@ class Metrics:
         return [*self.families(), *[family for source in list(self._sources) for family in await source()]]
 
     def models(self) -> list[ModelSeries]:
-        """The versions that have series now."""
-        return list(self._models.values())
+        """The versions that have series now. While a new build of a version is made and the old one finishes, the
+        old one's: two series of the same labels can't be told apart."""
+        by_labels: dict[tuple[tuple[str, str], ...], ModelSeries] = {}
+        for series in self._models.values():
+            by_labels.setdefault(tuple(series.labels.items()), series)
+        return list(by_labels.values())
 
     def render(self) -> bytes:
         """The exposition without what the sources would say."""
@@ -169,7 +173,7 @@ class Metrics:
         """All families but those of the sources."""
         now_ns = time.monotonic_ns()
         failures = [(each.labels, each.counts) for each in self._failures.values()]
-        yield from model_families(list(self._models.values()), failures, self.settings, now_ns)
+        yield from model_families(self.models(), failures, self.settings, now_ns)
         if self.read_cache is not None:
             yield from _cache_families(self.read_cache())
         yield _gauge(

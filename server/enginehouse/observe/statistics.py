@@ -110,13 +110,15 @@ class ModelStatistics:
         instance: object,
         times: BatchTimes,
         error: EnginehouseError | None,
+        num_null_rows: int = 0,
     ) -> None:
         """A batch ran. With an error none of its requests succeeded; their answers say why."""
         start_ns = times.start_ns
         input_ns = times.input_end_ns - start_ns
         infer_ns = times.output_start_ns - times.input_end_ns
         output_ns = times.end_ns - times.output_start_ns
-        rows = self._count_batch(requests, times.end_ns, input_ns, infer_ns, output_ns)
+        rows = sum([request.batch_size or 1 for request in requests])
+        self._count_batch(rows + num_null_rows, times.end_ns, input_ns, infer_ns, output_ns)
         if error is not None:
             return
         now_ns = time.monotonic_ns()
@@ -143,12 +145,7 @@ class ModelStatistics:
         self.output_ns += output_ns * num_succeeded
         self.compute_histogram.bins[((times.end_ns - start_ns) // 1000).bit_length()] += num_succeeded
 
-    def _count_batch(
-        self, requests: Sequence[InferRequest], end_ns: int, input_ns: int, infer_ns: int, output_ns: int
-    ) -> int:
-        rows = 0
-        for request in requests:
-            rows += request.batch_size or 1
+    def _count_batch(self, rows: int, end_ns: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
         self.execution_count += 1
         self.last_execution_ns = end_ns
         self.busy_ns += input_ns + infer_ns + output_ns
@@ -159,7 +156,6 @@ class ModelStatistics:
         batch.input_ns += input_ns
         batch.infer_ns += infer_ns
         batch.output_ns += output_ns
-        return rows
 
     def on_cache_hit(self, request: InferRequest, lookup_ns: int) -> None:
         """Answered from the cache: a success that no instance ran."""

@@ -51,6 +51,8 @@ class Lifecycle:
         self._locks: dict[str, asyncio.Lock] = {}
         self._loaded: dict[str, Loaded] = {}
         self._failed: dict[str, ModelDefinition] = {}
+        self._poll_failures: dict[str, str] = {}
+        """Why models can't be read now."""
         self._suspended: dict[str, bool] = {}
         """Ensembles that went with a member and come back with it; whether they were loaded by name."""
         self._retiring: dict[str, set[asyncio.Task[None]]] = {}
@@ -62,7 +64,7 @@ class Lifecycle:
         try:
             definition = await asyncio.to_thread(self._source.poll, name, override)
         except PollError as problem:
-            logger.error("Poll failed for model '%s': %s", name, problem)
+            self._note_poll_failure(name, problem)
             raise Internal(f"failed to load '{name}', failed to poll from model repository") from problem
         await self._load_definition(definition, explicit=True, above=())
 
@@ -137,7 +139,8 @@ class Lifecycle:
         try:
             definition = await asyncio.to_thread(self._source.poll, name, None)
         except PollError as problem:
-            logger.error("Poll failed for model '%s': %s", name, problem)
+            if self._poll_failures.get(name) != str(problem):  # said once, not at every look
+                self._note_poll_failure(name, problem)
             if isinstance(problem, NotUnique) and name in self._loaded:
                 await self.unload(name)
             return
@@ -148,6 +151,13 @@ class Lifecycle:
             await self._load_definition(definition, explicit=True, above=())
         except EnginehouseError as error:
             logger.error("%s", error.message.rstrip())
+
+    def _note_poll_failure(self, name: str, problem: PollError) -> None:
+        """What serves goes on serving; the log and the index say why it stays as it is."""
+        logger.error("Poll failed for model '%s': %s", name, problem)
+        self._poll_failures[name] = str(problem)
+        for served in self.registry.ready_versions(name):
+            self.registry.set_state(name, served.version, VersionState.READY, f"failed to poll: {problem}", served)
 
     async def _load_definition(
         self, definition: ModelDefinition, explicit: bool, above: tuple[str, ...]
@@ -226,6 +236,9 @@ class Lifecycle:
             await _tell_agents(definition, Event.LOADED)
         for version in plan.retire:
             self._retire_version(name, ready[version])
+        for version in set(ready).difference(plan.build, plan.retire):
+            self.registry.set_state(name, version, VersionState.READY, served=ready[version])  # no complaint any more
+        self._poll_failures.pop(name, None)
         self._loaded[name] = Loaded(
             definition,
             dict(definition.fingerprints),
@@ -239,6 +252,7 @@ class Lifecycle:
     ) -> None:
         """Builds all of `versions`; puts them in place together, or not at all."""
         name = definition.name
+        replaced = {served.version: served for served in self.registry.given_up(name)} | dict(ready)
         for version in versions:
             if version not in ready:
                 self.registry.set_state(name, version, VersionState.LOADING)
@@ -260,8 +274,8 @@ class Lifecycle:
             self.registry.set_state(name, served.version, VersionState.READY, served=served)
             logger.info("successfully loaded '%s' version %s", name, served.version)
         for served in built:
-            if served.version in ready:
-                self._retire_in_background(name, ready[served.version])
+            if served.version in replaced:
+                self._retire_in_background(name, replaced[served.version])
 
     def _note_failures(
         self,
@@ -344,8 +358,9 @@ class Lifecycle:
     def _take_down(self, name: str) -> None:
         loaded = self._loaded.pop(name, None)
         self._failed.pop(name, None)
+        self._poll_failures.pop(name, None)
         self._source.forget_override(name)
-        for served in self.registry.ready_versions(name):
+        for served in (*self.registry.ready_versions(name), *self.registry.given_up(name)):
             self._retire_version(name, served)
         if loaded is not None and loaded.definition.agents is not None:
             self._tell_agents_of_unload(loaded.definition)

@@ -181,6 +181,14 @@ class Registry:
         record = self.models.get(self.resolve(name))
         return [] if record is None else _ready(record)
 
+    def given_up(self, name: str) -> list[ServedVersion]:
+        """Versions that failed for good while they served, and are still known for that."""
+        record = self.models.get(self.resolve(name))
+        entries = record.versions.values() if record is not None else ()
+        return [
+            entry.served for entry in entries if entry.state is VersionState.UNAVAILABLE and entry.served is not None
+        ]
+
     def all_ready(self) -> Iterator[ServedVersion]:
         for name in sorted(self.models):
             yield from _ready(self.models[name])

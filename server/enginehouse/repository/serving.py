@@ -16,7 +16,7 @@ from enginehouse.config import completion, tensors, validation
 from enginehouse.config.labels import read_labels
 from enginehouse.config.reading import print_config
 from enginehouse.config.schema import ModelConfig
-from enginehouse.errors import EnginehouseError, InvalidArgument
+from enginehouse.errors import EnginehouseError, FailureReason, InvalidArgument, Unavailable
 from enginehouse.execution.contract import GenerativeHandle, HostedModel, HostHealth, HostState, Remains
 from enginehouse.execution.handover import may_hand_over
 from enginehouse.execution.hosts import ModelHosts
@@ -235,8 +235,17 @@ class Serving:
         )
         if served.scheduler is not None and served.hosted is not None:
             served.scheduler.set_instances(served.hosted.instances)
-        if health.state is HostState.FAILED and self._serves(served):
-            self._registry.set_state(served.key, served.version, VersionState.UNAVAILABLE, health.reason, served)
+        if health.state is HostState.FAILED:
+            self._give_up(served, health.reason)
+
+    def _give_up(self, served: ServedVersion, reason: str) -> None:
+        """Nobody will run what waits: it is answered now."""
+        if self._serves(served):
+            self._registry.set_state(served.key, served.version, VersionState.UNAVAILABLE, reason, served)
+        if served.scheduler is not None:
+            served.scheduler.close(
+                lambda request: Unavailable(f"model '{served.name}' {reason}", reason=FailureReason.BACKEND)
+            )
 
     def _serves(self, served: ServedVersion) -> bool:
         record = self._registry.models.get(served.key)

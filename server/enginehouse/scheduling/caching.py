@@ -13,7 +13,7 @@ from enginehouse.errors import EnginehouseError
 from enginehouse.execution.contract import InstanceHandle
 from enginehouse.scheduling.caches import RemoteCache
 from enginehouse.scheduling.clock import Clock
-from enginehouse.scheduling.contract import ExecutionObserver, Scheduler
+from enginehouse.scheduling.contract import ExecutionObserver, Refusal, Scheduler
 from enginehouse.scheduling.in_flight import cancelled, stopped
 from enginehouse.scheduling.ordering import ResponseOrder
 from enginehouse.scheduling.response_cache import CacheEntry, LocalCache, ResponseCache, cache_key
@@ -104,10 +104,10 @@ class CachingScheduler:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def close(self) -> None:
+    def close(self, refusal: Refusal = stopped) -> None:
         """Requests whose lookup is under way are refused when it ends."""
         self._is_closed = True
-        self._inner.close()
+        self._inner.close(refusal)
 
     # --- looking up
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution.contract import ExecutionTimes, InstanceHandle
 from enginehouse.types import InferRequest, InferResponse
+
+Refusal: TypeAlias = Callable[[InferRequest], EnginehouseError]
+"""What a request that will not run is told."""
 
 
 class ExecutionObserver(Protocol):
@@ -19,7 +22,10 @@ class ExecutionObserver(Protocol):
         instance: InstanceHandle | None,
         times: ExecutionTimes,
         error: EnginehouseError | None,
-    ) -> None: ...
+        num_null_rows: int = 0,
+    ) -> None:
+        """Null rows are those that a sequence batcher added: part of the batch's size and of nothing else."""
+        ...
     def on_cache_hit(self, request: InferRequest, lookup_ns: int) -> None: ...
     def on_cache_miss(self, request: InferRequest, lookup_ns: int, insert_ns: int) -> None: ...
     def on_response(self, request: InferRequest, response: InferResponse) -> None:
@@ -59,8 +65,8 @@ class Scheduler(Protocol):
         """Returns when nothing is in flight. New requests are still accepted: the core stops sending them."""
         ...
 
-    def close(self) -> None:
-        """Fails whatever is left with Unavailable."""
+    def close(self, refusal: Refusal = ...) -> None:
+        """Refuses whatever waits, and what comes from now on."""
         ...
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from enginehouse.config.schema import ModelConfig
 from enginehouse.execution.contract import Batch, InstanceHandle
 from enginehouse.scheduling.clock import Clock, LoopClock
-from enginehouse.scheduling.contract import ExecutionObserver, SubmitRequest
+from enginehouse.scheduling.contract import ExecutionObserver, Refusal, SubmitRequest
 from enginehouse.scheduling.ensemble_check import ConfigLookup, client_dims
 from enginehouse.scheduling.ensemble_graph import EnsembleGraph, Step
 from enginehouse.scheduling.ensemble_handover import HandsOver
@@ -91,14 +91,15 @@ class EnsembleScheduler:
     async def drain(self) -> None:
         await self._in_flight.drained()
 
-    def close(self) -> None:
+    def close(self, refusal: Refusal = stopped) -> None:
         self._is_closed = True
         for run in list(self._runs):
-            run.fail(stopped(run.request))
+            run.fail(refusal(run.request))
 
     def deliver(self, run: EnsembleRun, response: InferResponse) -> None:
         if response.final:
             self._runs.discard(run)
+            run.drop_tensors()
             if response.error is None:
                 self.observer.on_batch([run.request], self._instance, run.times(), None)
         self._in_flight.deliver(run.request, response)

@@ -67,6 +67,10 @@ class EnsembleRun:
             step_request.cancel()
         self._scheduler.deliver(self, InferResponse(error=error))
 
+    def drop_tensors(self) -> None:
+        """After the final answer: tensors on a device must not wait until nobody knows the run any more."""
+        self._tensors = RunTensors(self._plan)
+
     def times(self) -> ExecutionTimes:
         """The steps' times added up, as if they had run one after the other."""
         times = self.request.times
@@ -218,7 +222,8 @@ class EnsembleRun:
             self._scheduler.submit_step(answers.request)
         except EnginehouseError as error:
             # later: nobody expects the answer before `submit` has returned
-            refusal = InferResponse(error=error)
+            # and without its traceback, whose frames know the tensors and the refusal
+            refusal = InferResponse(error=error.with_traceback(None))
             self._scheduler.clock.call_soon(lambda: self.on_step_response(answers, path, refusal))
         return True
 
@@ -261,6 +266,8 @@ class EnsembleRun:
     def on_step_response(self, answers: _StepAnswers, branch: Path, response: InferResponse) -> None:
         hold = answers.hold_for(response) if self._is_limited else None
         if response.final:
+            if self._scheduler.hands_over is not None:
+                answers.drop_tensors()
             self._running.discard(answers.request)
             self._note_times(answers.step, answers.request)
             self._num_unfinished -= 1
@@ -333,9 +340,12 @@ class _StepAnswers:
         # a single answer opens no branch of its own
         branch = self._path if response.final and not self._num_answers else (*self._path, self._num_answers)
         self._num_answers += 1
-        if response.final:
-            self.request.sink = None  # they know each other: without this the tensors would wait for the collector
         self._run.on_step_response(self, branch, response)
+
+    def drop_tensors(self) -> None:
+        """After the final answer: the request knows this sink, and errors know the frames that they went through."""
+        self.request.sink = None
+        self.request.inputs = {}
 
     def hold_for(self, response: InferResponse) -> Hold:
         """Until all that the answer leads to is under way."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from enginehouse.errors import InvalidArgument
 from enginehouse.execution.contract import ExecutionTimes, GenerativeHandle, InstanceHandle
-from enginehouse.scheduling.contract import ExecutionObserver
+from enginehouse.scheduling.contract import ExecutionObserver, Refusal
 from enginehouse.scheduling.in_flight import InFlight, cancelled, stopped
 from enginehouse.types import (
     FinishReason,
@@ -155,10 +155,10 @@ class GenerativeScheduler:
     async def drain(self) -> None:
         await self._in_flight.drained()
 
-    def close(self) -> None:
+    def close(self, refusal: Refusal = stopped) -> None:
         self._closed = True
         for exchange in list(self._exchanges.values()):
-            self._end(exchange, InferResponse(error=stopped(exchange.request)))
+            self._end(exchange, InferResponse(error=refusal(exchange.request)))
 
     def _start(self, exchange: _Exchange, sampling: SamplingParameters, keep: int | None) -> None:
         """All sequences or none: what a refused one leaves behind is cancelled."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enginehouse.errors import EnginehouseError
 from enginehouse.execution.contract import Batch, ExecutionTimes, InstanceHandle
 from enginehouse.scheduling.clock import Alarm, Clock, LoopClock
-from enginehouse.scheduling.contract import ExecutionObserver
+from enginehouse.scheduling.contract import ExecutionObserver, Refusal
 from enginehouse.scheduling.dynamic_batching import BatchPolicy, Cut, SingleRequests, Wait
 from enginehouse.scheduling.fairness import FairQueue
 from enginehouse.scheduling.in_flight import InFlight, cancelled, expired, stopped
@@ -124,7 +124,7 @@ class BatchingScheduler:
     async def drain(self) -> None:
         await self._in_flight.drained()
 
-    def close(self) -> None:
+    def close(self, refusal: Refusal = stopped) -> None:
         self._is_closed = True
         self._alarm.set(0)
         if self._limits is not None:
@@ -132,7 +132,7 @@ class BatchingScheduler:
         left = list(self._queue)
         self._queue.take(left)
         for ticket in left:
-            self._in_flight.refuse(ticket.request, stopped(ticket.request))
+            self._in_flight.refuse(ticket.request, refusal(ticket.request))
 
     # --- deciding
 

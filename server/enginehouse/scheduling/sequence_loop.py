@@ -13,7 +13,7 @@ from itertools import count
 from enginehouse.errors import EnginehouseError, FailureReason, Unavailable
 from enginehouse.execution.contract import Batch, ExecutionTimes, InstanceHandle
 from enginehouse.scheduling.clock import Alarm, Clock, LoopClock
-from enginehouse.scheduling.contract import ExecutionObserver
+from enginehouse.scheduling.contract import ExecutionObserver, Refusal
 from enginehouse.scheduling.dynamic_batching import DynamicBatching, Wait
 from enginehouse.scheduling.in_flight import InFlight, cancelled, expired, stopped
 from enginehouse.scheduling.ordering import ResponseOrder
@@ -146,12 +146,12 @@ class SequenceScheduler:
             self._finish_if_over(sequence)
         await self._in_flight.drained()
 
-    def close(self) -> None:
+    def close(self, refusal: Refusal = stopped) -> None:
         self._is_closed = True
         if self._limits is not None:
             self._limits.close()
         for sequence in self._book.sequences:
-            self._end(sequence, stopped)
+            self._end(sequence, refusal)
         self._alarm.set(0)
 
     # --- accepting
@@ -295,7 +295,7 @@ class SequenceScheduler:
     def _on_done(self, batch: Batch, times: ExecutionTimes, error: EnginehouseError | None) -> None:
         lane: InstanceLane
         lane, real, sequences = batch.context
-        self._observer.on_batch(real, lane.instance, times, error)
+        self._observer.on_batch(real, lane.instance, times, error, len(batch.requests) - len(real))
         lane.num_batches -= 1
         now_ns = self._clock.now_ns()
         for sequence in sequences:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from enginehouse.config.backends import PLATFORMS
 from enginehouse.config.validation import check_structure, check_tensors
 
 from .config_factories import from_text
@@ -31,7 +32,9 @@ CONTROL = 'sequence_batching { control_input { name: "S" control { kind: CONTROL
     [
         ('name: "other"', "name", "unexpected directory name 'm' for model 'other', directory name must equal "
          "model name"),
-        ('platform: "nonsense"', "platform", "unexpected platform type 'nonsense' for m"),
+        ('platform: "onnxruntime_onx"', "platform",
+         "unexpected platform type 'onnxruntime_onx' for m; did you mean 'onnxruntime_onnx'?; "
+         f"allowed: {', '.join(PLATFORMS)}"),
         ('backend: "pytorch" platform: "onnxruntime_onnx"', "platform",
          "unexpected 'platform' and 'backend' pair, got:onnxruntime_onnx, pytorch"),
         ('backend: "python" platform: "ensemble"', "backend",

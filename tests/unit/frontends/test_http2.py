@@ -257,6 +257,18 @@ async def test_answers_are_compressed_for_who_takes_them_so(accepted: str, is_pa
     assert (await wire.answer(3))[0] == message(bytes(10_000))
 
 
+@pytest.mark.parametrize(
+    ("path", "key", "status"),
+    [("/echo", "right", "0"), ("/echo", "wrong", "16"), ("/echo", "", "16"), ("/grpc.health.v1.Health/Check", "", "0")],
+)
+@pytest.mark.asyncio
+async def test_calls_need_an_api_key_where_there_are_some(path: str, key: str, status: str) -> None:
+    wire = Wire({**METHODS, "/grpc.health.v1.Health/Check": Method(None, echo)}, ServerOptions(api_key=("right",)))
+    wire.send(headers(path, authorization=f"Bearer {key}"), data(message(b"hello")))
+    _, fields = await wire.answer()
+    assert fields["grpc-status"] == status
+
+
 def stream_of(function: Callable[..., Any]) -> dict[str, Method]:
     return {"/stream": Method(None, stream=function)}
 

@@ -63,6 +63,50 @@ async def test_json_values_come_back_as_they_went(
     assert answer["outputs"][0] == {"name": "OUT", "datatype": datatype, "shape": [3], "data": data}
 
 
+@pytest.mark.parametrize("num_elements", [10, 400_000])  # the second is parsed in a thread, by another parser
+@pytest.mark.asyncio
+async def test_long_json_is_read_and_refused_as_short_one(server: LittleServer, num_elements: int) -> None:
+    def text(last: str, closing: str = "]}]}") -> bytes:
+        head = f'{{"inputs":[{{"name":"IN","datatype":"FP32","shape":[{num_elements}],"data":['
+        return (head + "0.1, " * (num_elements - 1) + last + closing).encode()
+
+    status, answer = await infer(server, "FP32", text("-1e-3"))
+    data = answer["outputs"][0]["data"]
+    assert (status, len(data), data[0], data[-1]) == (200, num_elements, 0.10000000149011612, -0.0010000000474974513)
+    _, answer = await infer(server, "FP32", text("NaN"))
+    assert math.isnan(answer["outputs"][0]["data"][-1])
+    unclosed = text("1", "]}")
+    assert await infer(server, "FP32", unclosed) == (
+        500,
+        {
+            "error": "failed to parse the request JSON buffer: Missing a comma or ']' after an array element. "
+            f"at {len(unclosed)}"
+        },
+    )
+    status, answer = await infer(server, "FP32", text('"1"'))
+    assert (status, answer["error"]) == (500, "Unable to parse 'data': attempt to access JSON non-number as double")
+    packed = gzip.compress(text("2"))
+    reply = await server.http("POST", "/v2/models/FP32/infer", packed, {"Content-Encoding": "gzip"})
+    assert json.loads(joined(reply))["outputs"][0]["data"][-1] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (b'{"a":"\x01"}', "Invalid escape character in string. at 6"),
+        (b'{"a":"\\q"}', "Invalid escape character in string. at 6"),
+        (b'{"a":"\xff"}', "Invalid encoding in string. at 6"),
+        (b"\xff", "Invalid value. at 0"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_what_is_no_json_is_complained_of_in_tritons_words(
+    server: LittleServer, text: bytes, complaint: str
+) -> None:
+    status, answer = await infer(server, "FP32", text)
+    assert (status, answer["error"]) == (500, f"failed to parse the request JSON buffer: {complaint}")
+
+
 @pytest.mark.asyncio
 async def test_nan_and_infinity_go_both_ways(server: LittleServer) -> None:
     text = b'{"inputs":[{"name":"IN","datatype":"FP32","shape":[3],"data":[NaN,Infinity,1e39]}]}'

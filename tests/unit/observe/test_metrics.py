@@ -117,6 +117,18 @@ def test_a_reload_begins_again_but_keeps_the_failures() -> None:
     assert found['nv_inference_request_failure{model="m",reason="REJECTED",version="1"}'] == 1
 
 
+def test_two_builds_of_a_version_have_one_series_until_the_old_one_has_gone() -> None:
+    metrics = Metrics(settings())
+    old = metrics.open_model(config(), 1)
+    run(old)
+    run(metrics.open_model(config(), 1), rows=3)
+    lines = [line.rpartition(" ")[0] for line in metrics.render().decode().splitlines() if line[:1] != "#"]
+    assert len(lines) == len(set(lines))
+    assert samples(metrics.render())['nv_inference_count{model="m",version="1"}'] == 1
+    metrics.close_model(old)
+    assert samples(metrics.render())['nv_inference_count{model="m",version="1"}'] == 3
+
+
 def test_cache_series_are_only_of_models_with_a_cache() -> None:
     metrics = Metrics(settings())
     metrics.open_model(config("cached"), 1, has_cache=True)

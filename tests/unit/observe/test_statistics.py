@@ -71,6 +71,15 @@ def test_a_version_that_nobody_asked_has_zeros() -> None:
     assert len(message.batch_stats) == 0
 
 
+def test_null_rows_count_for_the_size_of_their_batch_alone() -> None:
+    statistics = ModelStatistics("m", "1")
+    one = request()
+    statistics.on_batch([one], INSTANCE, ExecutionTimes(*[one.times.queued_ns] * 4), None, num_null_rows=2)
+    message = statistics.message()
+    assert (message.inference_count, message.execution_count, message.inference_stats.success.count) == (1, 1, 1)
+    assert [(each.batch_size, each.compute_infer.count) for each in message.batch_stats] == [(3, 1)]
+
+
 def test_inferences_are_rows_and_executions_are_batches() -> None:
     statistics = ModelStatistics("m", "1")
     run(statistics, request(3), request(1))

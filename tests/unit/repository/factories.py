@@ -35,11 +35,15 @@ class Source:
     """A repository in memory."""
 
     models: dict[str, ModelDefinition] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    """Why some can't be read."""
 
     def names(self) -> list[str]:
         return sorted(self.models)
 
     def poll(self, name: str, override: Override | None) -> ModelDefinition:
+        if name in self.broken:
+            raise PollError(self.broken[name])
         if name not in self.models:
             raise PollError(f"no folder '{name}'")
         return self.models[name]

@@ -74,6 +74,22 @@ async def test_failed_reload_keeps_the_old_version_serving() -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_model_that_cannot_be_read_any_more_serves_on_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    repository = Repository(definition())
+    await repository.lifecycle.load("m")
+    repository.source.broken["m"] = "m/config.pbtxt:1:1: no"
+    for _ in range(3):
+        await repository.lifecycle.refresh()
+    assert repository.states("m") == {1: (VersionState.READY, "failed to poll: m/config.pbtxt:1:1: no")}
+    assert len([record for record in caplog.records if "Poll failed" in record.getMessage()]) == 1
+    repository.source.broken.clear()
+    await repository.lifecycle.refresh()
+    assert repository.states("m") == {1: (VersionState.READY, "")}
+
+
+@pytest.mark.asyncio
 async def test_one_bad_version_fails_the_whole_load() -> None:
     repository = Repository(definition(versions={1: "a", 2: "b"}))
     repository.builder.broken.add(("m", 2))

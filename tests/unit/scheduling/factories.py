@@ -42,6 +42,7 @@ class Observer:
 
     def __init__(self) -> None:
         self.batches: list[list[InferRequest]] = []
+        self.null_rows: list[int] = []
         self.responses: list[InferResponse] = []
         self.hits: list[InferRequest] = []
         self.misses: list[InferRequest] = []
@@ -52,8 +53,10 @@ class Observer:
         instance: InstanceHandle | None,
         times: ExecutionTimes,
         error: EnginehouseError | None,
+        num_null_rows: int = 0,
     ) -> None:
         self.batches.append(list(requests))
+        self.null_rows.append(num_null_rows)
 
     def on_cache_hit(self, request: InferRequest, lookup_ns: int) -> None:
         self.hits.append(request)

@@ -147,6 +147,7 @@ def test_direct_keeps_every_sequence_in_its_row_and_fills_gaps_with_null_request
     rig.clock.run_soon()
     assert values(rig.instance.step(), "X") == [11]
     assert [len(batch) for batch in rig.observer.batches] == [3, 1, 1]
+    assert rig.observer.null_rows == [0, 2, 0]
 
 
 def test_direct_gives_another_shape_its_own_batch() -> None:

@@ -6,10 +6,12 @@ checks application/json; both carry JSON. Clients look at it, so it is kept.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from enginehouse.core import Core, ServedVersion
 from enginehouse.errors import EnginehouseError, FailureReason, InvalidArgument, Unsupported
@@ -28,10 +30,8 @@ from enginehouse.frontends.http_message import (
 )
 from enginehouse.frontends.http_routes import PathParts
 from enginehouse.frontends.inference import AnswerStream, Exchange
-from enginehouse.frontends.kserve_http.infer_codec import (
-    BodyDecoder,
-    encode_response,
-)
+from enginehouse.frontends.json_values import parse_json
+from enginehouse.frontends.kserve_http.infer_codec import BodyDecoder, encode_response
 from enginehouse.frontends.output_options import OutputOptions
 from enginehouse.frontends.pending import Pending
 from enginehouse.frontends.request_parameters import HeaderForwarding
@@ -44,6 +44,7 @@ from enginehouse.types import InferRequest, InferResponse
 _HEADER_LENGTH = "inference-header-content-length"
 JSON_ALLOWANCE = 4
 """How much longer than the largest tensor a body may be: numbers written out take more bytes."""
+_LONG_TEXT_BYTES = 1 << 20
 _LEADING_NUMBER = re.compile(r"\s*([+-]?\d+)")
 
 
@@ -69,6 +70,8 @@ class InferHandler:
         served = self._core.model_now(parts["model"], parts["version"])
         if served is None or served.decoupled or _wants_events(http) or _unsupported_encoding(http) is not None:
             return None
+        if _is_long_text(http):
+            return None
         return self._exchange(http, parts, served)
 
     async def handle(self, http: HttpRequest, parts: PathParts) -> Reply:
@@ -84,7 +87,18 @@ class InferHandler:
             return error_response(error, TEXT)
         if streamed:
             return await self._stream(http, self._request(http, parts, served), OutputOptions(), served)
-        return await self._exchange(http, parts, served)
+        ahead = None
+        if _is_long_text(http):
+            ahead = asyncio.ensure_future(asyncio.to_thread(self._read, http, served))
+            await asyncio.wait([ahead])
+        return await self._exchange(http, parts, served, ahead)
+
+    def _read(self, http: HttpRequest, served: ServedVersion) -> _Read:
+        """Long JSON is parsed here, which may be in a thread; short one where it is decoded."""
+        body = self._body(http, served)
+        header_length = _header_length(http.headers.get(_HEADER_LENGTH), len(body))
+        is_long = header_length >= _LONG_TEXT_BYTES
+        return _Read(body, header_length, parse_json(memoryview(body)[:header_length]) if is_long else None)
 
     def _request(self, http: HttpRequest, parts: PathParts, served: ServedVersion) -> InferRequest:
         request = InferRequest(served.name, parts["version"])
@@ -92,13 +106,14 @@ class InferHandler:
         request.times.received_ns = http.received_ns or time.monotonic_ns()
         return request
 
-    def _exchange(self, http: HttpRequest, parts: PathParts, served: ServedVersion) -> Pending[HttpResponse]:
+    def _exchange(
+        self, http: HttpRequest, parts: PathParts, served: ServedVersion, ahead: asyncio.Future[_Read] | None = None
+    ) -> Pending[HttpResponse]:
         accept = http.headers.get("accept-encoding")
         exchange = _Exchange(self._request(http, parts, served), OutputOptions(), served, self._traces, accept)
         try:
-            body = self._body(http, served)
-            header_length = _header_length(http.headers.get(_HEADER_LENGTH), len(body))
-            self._decode(http, exchange.request, exchange.options, served, body, header_length)
+            read = self._read(http, served) if ahead is None else ahead.result()
+            self._decode(http, exchange.request, exchange.options, served, read)
             exchange.submit(self._core)
         except _BadBody as error:
             exchange.refuse(error_response(error, TEXT))
@@ -127,14 +142,13 @@ class InferHandler:
         request: InferRequest,
         options: OutputOptions,
         served: ServedVersion,
-        body: Buffer,
-        header_length: int,
+        read: _Read,
     ) -> None:
         decoder = BodyDecoder(request, options, self._regions, self._max_input_bytes)
-        if header_length:
-            decoder.decode(body, header_length)
+        if read.header_length:
+            decoder.decode(read.body, read.header_length, read.document)
         else:
-            decoder.decode_raw(body, served)
+            decoder.decode_raw(read.body, served)
         if self._forwarding.is_on:
             self._forwarding.apply(request, http.headers.items())
         if self._traces.is_on:
@@ -145,15 +159,29 @@ class InferHandler:
     ) -> Reply:
         """Our addition: every answer of any model as a server-sent event, JSON outputs only."""
         try:
-            body = self._body(http, served)
-            header_length = _header_length(http.headers.get(_HEADER_LENGTH), len(body))
-            self._decode(http, request, options, served, body, header_length)
+            self._decode(http, request, options, served, self._read(http, served))
             answers = AnswerStream(request)
             self._core.submit_for_client(request)
         except BaseException:
             options.release()
             raise
         return HttpStream(200, EVENTS, _events(answers, options, served))
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A body, unpacked. `document` is its JSON where that is long."""
+
+    body: Buffer
+    header_length: int
+    document: Any
+
+
+def _is_long_text(http: HttpRequest) -> bool:
+    """Text that takes so long to parse that others would notice."""
+    if len(http.body) < _LONG_TEXT_BYTES:
+        return False
+    return http.headers.get(_HEADER_LENGTH) is None or http.headers.get("content-encoding") is not None
 
 
 class _Exchange(Exchange[HttpResponse]):

@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 import rapidjson
+from numpy.typing import NDArray
 
 from enginehouse.core import ServedVersion
 from enginehouse.errors import InvalidArgument
@@ -32,7 +33,7 @@ from enginehouse.frontends.output_options import OutputOption, OutputOptions, cl
 from enginehouse.frontends.raw_request import raw_tensor
 from enginehouse.frontends.request_parameters import request_text, set_parameters
 from enginehouse.frontends.shared_memory.regions import Lease, Regions
-from enginehouse.frontends.tensor_json import bytes_from_json, json_from_tensor
+from enginehouse.frontends.tensor_json import bytes_from_json, values_of
 from enginehouse.types import DataType, DeviceData, InferRequest, InferResponse, Tensor
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -78,9 +79,14 @@ class BodyDecoder:
         self.request.inputs[tensor.name] = tensor
         self.options.default = OutputOption(binary=True)
 
-    def decode(self, body: Buffer, header_length: int) -> None:
-        """From JSON of that length and the binary tensors behind it."""
+    def decode(self, body: Buffer, header_length: int, document: Any = None) -> None:
+        """From JSON of that length and the binary tensors behind it. `document`: the JSON, if it is parsed already."""
         view = memoryview(body)
+        if document is not None:
+            tail = view[header_length:]
+            self._check_size("request body size of", len(tail))
+            self._read(document, tail)
+            return
         if header_length == len(view):
             self._read(parse_json(body), memoryview(b""))
             return
@@ -303,15 +309,20 @@ def _encode_output(
         entry["parameters"] = {"binary_data_size": tensor.nbytes}
         binary.append(tensor.host_data())
     else:
-        entry["data"] = json_from_tensor(tensor)
+        entry["data"] = values_of(tensor)
     return entry
 
 
 def dump_json(document: Any) -> bytes:
     """As JSON text with NaN and Infinity where they occur, which strict JSON doesn't have."""
-    text = orjson.dumps(document)
+    text = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     # orjson writes them as null; nothing else in an answer is null.
     if b"null" in text:
-        written: str = rapidjson.dumps(document, ensure_ascii=False)
+        written: str = rapidjson.dumps(document, ensure_ascii=False, default=_as_list)
         return written.encode()
     return text
+
+
+def _as_list(values: NDArray[Any]) -> list[Any]:
+    listed: list[Any] = values.tolist()
+    return listed
