@@ -28,7 +28,7 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("Requests", r"nv_inference_(request_(success|failure)|count|exec_count|pending_request_count)$"),
     ("Latency", r"enginehouse_(request|queue|compute)_duration_seconds|nv_inference_\w+_(duration_us|histogram_ms)"),
     ("Latency summaries (--metrics-config=summary_latencies=true)", r"nv_\w+_summary\w*"),
-    ("Batching and load", r"enginehouse_(batch_size|model_saturation)"),
+    ("Batching and load", r"enginehouse_(batch_size|requests_refused|model_saturation)"),
     ("Response cache", r"nv_cache_\w+"),
     ("Language models", r"vllm:\w+"),
     ("Models and hosts", r"enginehouse_(model_ready|host_restarts|build_info|tensors_\w+)"),

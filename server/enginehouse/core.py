@@ -219,7 +219,7 @@ class Core:
         try:
             served.scheduler.submit(request)
         except EnginehouseError as error:
-            served.statistics.on_failure(request, error)
+            served.statistics.on_refusal(error)
             raise
 
     def _must_load(self, name: str) -> bool:

@@ -253,6 +253,12 @@ def _own_families(models: Sequence[ModelSeries], settings: MetricsSettings, now_
         [sample for model in models for sample in _batch_sizes(model)],
     )
     yield MetricFamily(
+        "enginehouse_requests_refused",
+        "counter",
+        "Number of requests that were refused at once, for a full queue or at the server's end",
+        [("_total", model.labels, model.statistics.num_refused) for model in models],
+    )
+    yield MetricFamily(
         "enginehouse_model_saturation",
         "gauge",
         "Share of the model's instances that was busy since the last reading [0.0 - 1.0]",

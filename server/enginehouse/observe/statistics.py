@@ -91,6 +91,8 @@ class ModelStatistics:
     cache_hit_ns: int = 0
     cache_misses: int = 0
     cache_miss_ns: int = 0
+    num_refused: int = 0
+    """Requests that the scheduler did not take, such as for a full queue; no failures."""
     busy_ns: int = 0
     """Time that instances worked, each batch once."""
     last_execution_ns: int = 0
@@ -203,6 +205,11 @@ class ModelStatistics:
         self.fail += 1
         if started_ns:
             self.fail_ns += time.monotonic_ns() - started_ns
+
+    def on_refusal(self, error: EnginehouseError) -> None:
+        """The scheduler did not take the request. Triton counts that nowhere, so neither do its families."""
+        if error.reason is not None:
+            self.num_refused += 1
 
     def _count_response(self, request: InferRequest, response: InferResponse) -> None:
         now_ns = time.monotonic_ns()

@@ -85,7 +85,7 @@ class Statistics:
         message.inference_stats.success.count = 1
         return message
 
-    def on_failure(self, request: InferRequest, error: EnginehouseError) -> None:
+    def on_refusal(self, error: EnginehouseError) -> None:
         pass
 
 

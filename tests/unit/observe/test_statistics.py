@@ -151,6 +151,15 @@ def test_refusals_count_under_their_reason(error: Internal, reason: FailureReaso
     assert statistics.failures == {each: int(each is reason) for each in FailureReason}
 
 
+def test_requests_that_no_queue_took_are_refused_and_no_failures() -> None:
+    statistics = ModelStatistics("m", "1")
+    statistics.on_refusal(Unavailable("Exceeds maximum queue size", reason=FailureReason.REJECTED))
+    statistics.on_refusal(InvalidArgument("must specify the START flag"))
+    assert statistics.num_refused == 1
+    assert statistics.message().inference_stats.fail.count == 0
+    assert statistics.failures[FailureReason.REJECTED] == 0
+
+
 def test_invalid_requests_are_no_failures() -> None:
     statistics = ModelStatistics("m", "1")
     statistics.on_failure(request(), InvalidArgument("inference request batch-size must be <= 4 for 'm'"))
