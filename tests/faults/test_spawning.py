@@ -34,9 +34,9 @@ def end(child: Child, channel: socket.socket) -> str:
 
 @pytest.mark.asyncio
 async def test_a_worker_is_our_child_wherever_it_comes_from(spawner: Spawner) -> None:
-    slow, slow_channel = spawner.spawn(Launch(), ["solo"])
+    slow, slow_channel = await spawner.spawn(Launch(), ["solo"])
     await spawner.prepare(Launch())
-    fast, fast_channel = spawner.spawn(Launch(), ["solo"])
+    fast, fast_channel = await spawner.spawn(Launch(), ["solo"])
     for child in (slow, fast):
         assert psutil.Process(child.pid).ppid() == os.getpid()
         assert os.getpgid(child.pid) != os.getpgid(0)
@@ -46,7 +46,7 @@ async def test_a_worker_is_our_child_wherever_it_comes_from(spawner: Spawner) ->
 @pytest.mark.asyncio
 async def test_the_nursery_makes_a_start_quick(spawner: Spawner) -> None:
     await spawner.prepare(Launch())
-    children = [spawner.spawn(Launch(), ["solo"]) for _ in range(20)]
+    children = [await spawner.spawn(Launch(), ["solo"]) for _ in range(20)]
     cpu_s = [sum(psutil.Process(child.pid).cpu_times()[:2]) for child, _ in children]
     assert sum(cpu_s) < 1.0  # a fresh interpreter takes 0.15 s each
     for child, channel in children:
@@ -56,7 +56,7 @@ async def test_the_nursery_makes_a_start_quick(spawner: Spawner) -> None:
 @pytest.mark.asyncio
 async def test_how_it_ended_is_told(spawner: Spawner) -> None:
     await spawner.prepare(Launch())
-    child, channel = spawner.spawn(Launch(), ["solo"])
+    child, channel = await spawner.spawn(Launch(), ["solo"])
     os.kill(child.pid, signal.SIGSEGV)
     assert end(child, channel) == "was killed by signal 11 (SIGSEGV)"
 
@@ -65,10 +65,10 @@ async def test_how_it_ended_is_told(spawner: Spawner) -> None:
 async def test_a_dead_nursery_is_done_without(spawner: Spawner) -> None:
     await spawner.prepare(Launch())
     assert spawner._nursery is not None
-    first, first_channel = spawner.spawn(Launch(), ["solo"])
+    first, first_channel = await spawner.spawn(Launch(), ["solo"])
     spawner._nursery.kill()
     spawner._nursery.wait()
-    second, second_channel = spawner.spawn(Launch(), ["solo"])
+    second, second_channel = await spawner.spawn(Launch(), ["solo"])
     assert psutil.Process(first.pid).is_running()
     assert end(first, first_channel) == end(second, second_channel) == "exited with status 0"
 
@@ -77,7 +77,7 @@ async def test_a_dead_nursery_is_done_without(spawner: Spawner) -> None:
 async def test_variables_of_its_own_mean_an_interpreter_of_its_own(spawner: Spawner) -> None:
     launch = Launch(variables={"ONLY_HERE": "yes"})
     await spawner.prepare(launch)
-    child, channel = spawner.spawn(launch, ["solo"])
+    child, channel = await spawner.spawn(launch, ["solo"])
     async with asyncio.timeout(5):
         while "ONLY_HERE" not in psutil.Process(child.pid).environ():  # noqa: ASYNC110  the kernel shows it late
             await asyncio.sleep(0.01)
@@ -91,9 +91,9 @@ import asyncio, os, signal, sys, time
 from enginehouse.execution.spawning import Launch, Spawner
 async def main():
     spawner = Spawner()
-    fresh, _a = spawner.spawn(Launch(), ["solo"])
+    fresh, _a = await spawner.spawn(Launch(), ["solo"])
     await spawner.prepare(Launch())
-    forked, _b = spawner.spawn(Launch(), ["solo"])
+    forked, _b = await spawner.spawn(Launch(), ["solo"])
     time.sleep(0.5)
     for child in (fresh, forked):
         os.kill(child.pid, signal.SIGSTOP)

@@ -6,8 +6,9 @@ On the loop. Knows nothing of restarts or of what a model is for: `process_host`
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -22,14 +23,15 @@ from enginehouse.execution.refs import request_ref, response_of, tensors_bytes, 
 from enginehouse.execution.slab import (
     MIN_SEGMENT_BYTES,
     NO_BLOCK,
+    FirstSegments,
     ReaderSlab,
     Segment,
     WriterSlab,
     aligned,
     block_bytes,
-    make_segment,
+    make_shared_segment,
 )
-from enginehouse.execution.spawning import Launch, Spawner
+from enginehouse.execution.spawning import Child
 from enginehouse.types import InferRequest
 
 _FREED_ALONE = 32
@@ -54,13 +56,12 @@ class WorkerProcess:
 
     def __init__(
         self,
-        spawner: Spawner,
-        launch: Launch,
-        arguments: Sequence[str],
+        child: Child,
+        sock: socket.socket,
         what: str,
         on_service: OnService,
         on_end: OnEnd,
-        first_segment_bytes: int = MIN_SEGMENT_BYTES,
+        segments: FirstSegments,
         book: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
         """`book` raises ResourceExhausted if a slab may not grow by so many bytes."""
@@ -88,13 +89,12 @@ class WorkerProcess:
         self.ended_for_a_tenant = False
         self._num_slots_taken = 0
         self.ended: asyncio.Future[str] = self._loop.create_future()
-        self.child, sock = spawner.spawn(launch, arguments)
-        self.pid = self.child.pid
+        self.child = child
+        self.pid = child.pid
         self.channel = Channel(sock, self._loop, self._on_message, self._on_channel_end)
         self._loop.add_reader(self.child.pidfd, self._on_death)
-        for of_worker in (False, True):
-            size = block_bytes(max(first_segment_bytes, MIN_SEGMENT_BYTES))
-            self._share(of_worker, *self._make_segment(of_worker, size))
+        for of_worker, made in zip((False, True), segments, strict=True):
+            self._share(of_worker, *made)
 
     # --- calls
 
@@ -241,7 +241,7 @@ class WorkerProcess:
         size = max(block_bytes(nbytes), self.outgoing.total_bytes)
         try:
             self._book(size)
-            fd, segment = await self._loop.run_in_executor(None, self._make_segment, False, size)
+            fd, segment = await self._loop.run_in_executor(None, make_shared_segment, False, size)
         except (OSError, EnginehouseError) as problem:
             if self._waiting_for_room:
                 _, _, refuse = self._waiting_for_room.pop(0)
@@ -254,7 +254,7 @@ class WorkerProcess:
     async def _grow_for_worker(self, nbytes: int) -> None:
         try:
             self._book(block_bytes(nbytes))
-            made = await self._loop.run_in_executor(None, self._make_segment, True, block_bytes(nbytes))
+            made = await self._loop.run_in_executor(None, make_shared_segment, True, block_bytes(nbytes))
         except (OSError, EnginehouseError) as problem:
             self.channel.send(m.NoSegment(f"no memory for {nbytes} bytes of output: {problem}"))
         else:
@@ -266,11 +266,6 @@ class WorkerProcess:
             self._is_trimmed = self.outgoing.give_back_pages()
             self.channel.send(m.Freed(self.incoming.take_released()))
             self.channel.send(m.Trim())
-
-    def _make_segment(self, of_worker: bool, nbytes: int) -> tuple[int, Segment]:
-        size = max(nbytes, MIN_SEGMENT_BYTES)
-        fd = make_segment(f"enginehouse-{'outputs' if of_worker else 'inputs'}", size)
-        return fd, Segment(fd, size)
 
     @property
     def _grown(self) -> bool:

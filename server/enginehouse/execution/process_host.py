@@ -18,6 +18,7 @@ from enginehouse.execution import messages as m
 from enginehouse.execution.process import NoAnswer, WorkerProcess
 from enginehouse.execution.process_instances import ProcessInstance
 from enginehouse.execution.process_services import ServiceDesk
+from enginehouse.execution.slab import first_segments
 from enginehouse.execution.spawning import Launch, Spawner
 
 if TYPE_CHECKING:
@@ -144,18 +145,19 @@ class HostProcess:
         self._closing = False
         try:
             await self._spawner.prepare(self.launch)
-            return WorkerProcess(
-                self._spawner,
-                self.launch,
-                [mode],
-                self.name,
-                self._on_service,
-                self._on_end,
-                self._first_bytes,
-                self._book_growth,
-            )
+            child, sock = await self._spawner.spawn(self.launch, [mode])
         except OSError as problem:
             raise Unavailable(f"{self.name} can't be started: {problem}") from problem
+        try:
+            # large ones take many ms, which other models' requests must not wait for
+            segments = await asyncio.get_running_loop().run_in_executor(None, first_segments, self._first_bytes)
+        except BaseException as problem:
+            sock.close()
+            child.reap()
+            if isinstance(problem, OSError):
+                raise Unavailable(f"{self.name} can't be started: {problem}") from problem
+            raise
+        return WorkerProcess(child, sock, self.name, self._on_service, self._on_end, segments, self._book_growth)
 
     def _book_growth(self, num_bytes: int) -> None:
         if len(self.tenants) == 1:

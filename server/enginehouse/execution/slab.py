@@ -12,7 +12,7 @@ import mmap
 import os
 import weakref
 from collections import deque
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -137,6 +137,27 @@ class Segment:
         self.memory = memoryview(self.map)
         self.source = self.memory
         """What readers' views are made of."""
+
+
+def make_shared_segment(of_worker: bool, nbytes: int) -> tuple[int, Segment]:
+    """A segment that this process has mapped, and the descriptor for the other one. As `make_segment`."""
+    size = max(nbytes, MIN_SEGMENT_BYTES)
+    fd = make_segment(f"enginehouse-{'outputs' if of_worker else 'inputs'}", size)
+    return fd, Segment(fd, size)
+
+
+FirstSegments: TypeAlias = tuple[tuple[int, Segment], tuple[int, Segment]]
+"""Of the server's slab and of the worker's."""
+
+
+def first_segments(nbytes: int) -> FirstSegments:
+    size = block_bytes(max(nbytes, MIN_SEGMENT_BYTES))
+    ours = make_shared_segment(False, size)
+    try:
+        return ours, make_shared_segment(True, size)
+    except BaseException:
+        os.close(ours[0])
+        raise
 
 
 class WriterSlab:

@@ -32,7 +32,7 @@ _BOOTSTRAP = (
 )
 NURSERY_TIMEOUT_S = 20.0
 FORK_TIMEOUT_S = 2.0
-"""The loop waits for a fork, which takes milliseconds; a nursery that takes longer is done without."""
+"""A fork takes milliseconds; a nursery that takes longer is done without."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 _logger = logging.getLogger("enginehouse.execution")
@@ -92,6 +92,7 @@ class Spawner:
         self._nursery: subprocess.Popen[bytes] | None = None
         self._to_nursery: socket.socket | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._forking = asyncio.Lock()
 
     async def prepare(self, launch: Launch) -> None:
         """Before `spawn`: waits until it will take no longer than a fork."""
@@ -101,11 +102,12 @@ class Spawner:
             self._starting = asyncio.get_running_loop().create_task(self._start_nursery(), name="start the nursery")
         await asyncio.shield(self._starting)
 
-    def spawn(self, launch: Launch, arguments: Sequence[str]) -> tuple[Child, socket.socket]:
-        """The child and the server's end of its channel. Raises OSError if it can't be started."""
+    async def spawn(self, launch: Launch, arguments: Sequence[str]) -> tuple[Child, socket.socket]:
+        """The child and the server's end of its channel. Raises OSError if it can't be started. Other models' requests
+        don't wait for it: a fork on a busy machine may take many of their times."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            child = self._from_nursery(theirs, arguments) if launch.is_plain else None
+            child = await self._from_nursery(theirs, arguments) if launch.is_plain else None
             if child is None:
                 child = _fresh_interpreter(launch, theirs, arguments)
         except BaseException:
@@ -124,24 +126,35 @@ class Spawner:
             self._nursery.wait()
         self._to_nursery = self._nursery = self._starting = None
 
-    def _from_nursery(self, channel: socket.socket, arguments: Sequence[str]) -> Child | None:
+    async def _from_nursery(self, channel: socket.socket, arguments: Sequence[str]) -> Child | None:
         """None if the nursery fails; then a fresh interpreter does as well."""
-        if self._to_nursery is None:
-            return None
-        try:
-            # A subreaper only while it matters: else it would adopt what models leave behind, too.
-            _be_subreaper(True)
-            socket.send_fds(self._to_nursery, [json.dumps(list(arguments)).encode()], [channel.fileno()])
-            [pid] = PID.unpack(self._to_nursery.recv(PID.size) or b"\xff\xff\xff\xff")
-            if pid <= 0:
-                raise OSError("the nursery has gone")
-            return Child(pid, lambda: _wait_for(pid))
-        except (OSError, ValueError) as problem:
-            _logger.warning("starting a worker from a fresh interpreter: %s", problem)
-            self._abandon_nursery()
-            return None
-        finally:
-            _be_subreaper(False)
+        async with self._forking:
+            if self._to_nursery is None:
+                return None
+            try:
+                # A subreaper only while it matters: else it would adopt what models leave behind, too.
+                _be_subreaper(True)
+                pid = await self._forked(self._to_nursery, channel, arguments)
+                return Child(pid, lambda: _wait_for(pid))
+            except (OSError, ValueError) as problem:
+                _logger.warning("starting a worker from a fresh interpreter: %s", problem or type(problem).__name__)
+                self._abandon_nursery()
+                return None
+            except BaseException:
+                self._abandon_nursery()  # its answer would be taken for the next one's
+                raise
+            finally:
+                _be_subreaper(False)
+
+    @staticmethod
+    async def _forked(nursery: socket.socket, channel: socket.socket, arguments: Sequence[str]) -> int:
+        socket.send_fds(nursery, [json.dumps(list(arguments)).encode()], [channel.fileno()])
+        async with asyncio.timeout(FORK_TIMEOUT_S):
+            answer = await asyncio.get_running_loop().sock_recv(nursery, PID.size)
+        pid = int(PID.unpack(answer or b"\xff\xff\xff\xff")[0])
+        if pid <= 0:
+            raise OSError("the nursery has gone")
+        return pid
 
     async def _start_nursery(self) -> None:
         """Without a nursery workers start all the same, only slower."""
@@ -158,7 +171,6 @@ class Spawner:
             ours.close()
             _logger.warning("the nursery of workers does not start: each worker is a fresh interpreter")
             return
-        ours.settimeout(FORK_TIMEOUT_S)
         self._to_nursery = ours
 
     @staticmethod
