@@ -103,6 +103,7 @@ class Http2Connection(asyncio.Protocol):
         self._out.clear()
         streams, self.streams = list(self.streams.values()), {}
         for stream in streams:
+            stream.drop()
             if stream.handler is not None:
                 stream.handler.on_reset()
         for stream in list(self.waiting):
@@ -345,6 +346,7 @@ class Http2Connection(asyncio.Protocol):
     def _take_reset(self, stream_id: int) -> None:
         stream = self.streams.get(stream_id)
         if stream is not None:
+            stream.drop()
             self.forget(stream)
             if stream.handler is not None:
                 stream.handler.on_reset()

@@ -154,11 +154,15 @@ class Stream:
 
     def reset(self, code: Http2Code) -> None:
         """Gives the stream up from our side."""
-        self._blocked.clear()
-        self.num_blocked = 0
+        self.drop()
         self.is_sent = True
         self.connection.send(h2.rst_stream(self.id, code))
         self.connection.forget(self)
+
+    def drop(self) -> None:
+        """Nobody takes what is still to be sent."""
+        self._blocked.clear()
+        self.num_blocked = 0
 
     def consumed(self, num_bytes: int) -> None:
         """Lets the client send as much again; told when it has come to a part of the window."""

@@ -93,7 +93,11 @@ class AnswerStream:
         self._request = request
         self._waiting: asyncio.Queue[InferResponse] = asyncio.Queue()
         self._ended = False
-        request.sink = self._waiting.put_nowait
+        request.sink = self._take
+
+    def _take(self, response: InferResponse) -> None:
+        if not self._ended:  # a model may go on answering a client that has left
+            self._waiting.put_nowait(response)
 
     async def __aiter__(self) -> AsyncIterator[InferResponse]:
         try:
@@ -108,3 +112,5 @@ class AnswerStream:
         if not self._ended:
             self._ended = True
             self._request.cancel()
+            while not self._waiting.empty():
+                self._waiting.get_nowait()

@@ -78,6 +78,10 @@ class _Session:
             reader.cancel()
             for exchange in list(self._open):
                 self._abandon(exchange)
+            # The session may stay in cycles until the collector comes; what nobody took must not.
+            self._ordered.clear()
+            while not self._outgoing.empty():
+                self._outgoing.get_nowait()
 
     async def _receive(self, read: Read) -> None:
         try:
