@@ -216,8 +216,9 @@ class Registry:
             if record.on_demand and not record.versions and not ready_only:
                 entries.append(IndexEntry(shown, reason="on demand: loaded by its first request"))
             for number, entry in sorted(record.versions.items()):
-                if not ready_only or entry.state is VersionState.READY:
-                    entries.append(IndexEntry(shown, str(number), entry.state.value, entry.reason))
+                state, reason = _as_it_is(entry)
+                if not ready_only or state is VersionState.READY:
+                    entries.append(IndexEntry(shown, str(number), state.value, reason))
         return entries
 
     # --- changes
@@ -250,6 +251,14 @@ class Registry:
         names = [str(served.version) for served in ready]
         for served in ready:
             served.ready_versions = names
+
+
+def _as_it_is(entry: VersionRecord) -> tuple[VersionState, str]:
+    """A version that serves is not ready while its host is down: it refuses requests until it is back."""
+    if entry.state is VersionState.READY and entry.served is not None and not entry.served.healthy:
+        reason = entry.served.hosted.health.reason if entry.served.hosted is not None else ""
+        return VersionState.UNAVAILABLE, f"restarting: {reason}"
+    return entry.state, entry.reason
 
 
 def _ready(record: ModelRecord) -> list[ServedVersion]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from enginehouse.errors import EnginehouseError, InvalidArgument, NotFound, Unavailable
+from enginehouse.execution.contract import HostHealth, HostState
 from enginehouse.repository.registry import IndexEntry, Registry, VersionState
 
 from .factories import served
@@ -68,6 +71,18 @@ def test_a_version_whose_host_is_down_is_not_ready() -> None:
     assert not registry.is_ready("m")
     assert not registry.is_ready("m", "1")
     assert not registry.all_settled_ready()
+
+
+def test_the_index_says_of_a_version_whose_host_is_down_that_it_restarts() -> None:
+    registry = registry_with(1)
+    served = registry.find("m", "1")
+    served.hosted = SimpleNamespace(health=HostHealth(HostState.RESTARTING, "its process was killed"))
+    served.healthy = False
+    [entry] = registry.index(["m"])
+    assert (entry.state, entry.reason) == ("UNAVAILABLE", "restarting: its process was killed")
+    assert registry.index(["m"], ready_only=True) == []
+    served.healthy = True
+    assert [entry.state for entry in registry.index(["m"], ready_only=True)] == ["READY"]
 
 
 def test_strict_readiness_forgives_what_was_unloaded_on_purpose() -> None:
