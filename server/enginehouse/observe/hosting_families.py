@@ -47,6 +47,7 @@ class VersionReading:
     version: int
     is_ready: bool
     num_restarts: int
+    load_s: float = 0.0
 
 
 def memory_families(budgets: Iterable[Budget]) -> Iterator[MetricFamily]:
@@ -82,6 +83,12 @@ def memory_families(budgets: Iterable[Budget]) -> Iterator[MetricFamily]:
 
 def version_families(versions: Iterable[VersionReading]) -> Iterator[MetricFamily]:
     read = list(versions)
+    yield MetricFamily(
+        "nv_model_load_duration_secs",
+        "gauge",
+        "Model load time in seconds",
+        [("", _labels(each), each.load_s) for each in read if each.is_ready],
+    )
     yield MetricFamily(
         "enginehouse_model_ready",
         "gauge",

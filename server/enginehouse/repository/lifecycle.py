@@ -301,10 +301,13 @@ class Lifecycle:
 
     async def _build(self, definition: ModelDefinition, version: int) -> ServedVersion:
         async with self._slots:
+            started_s = time.monotonic()
             for attempt in range(self._num_retries + 1):
                 try:
                     logger.info("loading: %s:%s", definition.name, version)
-                    return await self._build_with_room(definition, version)
+                    served = await self._build_with_room(definition, version)
+                    served.load_s = time.monotonic() - started_s
+                    return served
                 except EnginehouseError as error:
                     if attempt == self._num_retries:
                         raise

@@ -19,7 +19,7 @@ def version_readings(registry: Registry) -> Iterator[VersionReading]:
                 continue
             is_ready = entry.state is VersionState.READY and served.healthy
             num_restarts = served.hosted.health.num_restarts if served.hosted is not None else 0
-            yield VersionReading(record.name, number, is_ready, num_restarts)
+            yield VersionReading(record.name, number, is_ready, num_restarts, served.load_s)
 
 
 def shared_process_readings(hosts: ModelHosts) -> Iterator[SharedProcessReading]:

@@ -69,6 +69,8 @@ class ServedVersion:
     checks: Any = None
     """request_checks.RequestChecks of the config."""
     reshapes_outputs: bool = False
+    load_s: float = 0.0
+    """How long it took to become ready."""
     last_used_ns: int = 0
     """CLOCK_MONOTONIC of the last request: what idle unloading and eviction go by."""
     healthy: bool = True

@@ -243,6 +243,14 @@ def test_readiness_and_restarts_are_told_by_version() -> None:
     assert found['enginehouse_host_restarts_total{model="m",version="2"}'] == 3
 
 
+def test_load_times_are_told_of_versions_that_are_ready() -> None:
+    metrics = Metrics(settings())
+    loaded = VersionReading("m", 1, is_ready=True, num_restarts=0, load_s=2.5)
+    metrics.add_provider(lambda: version_families([loaded, VersionReading("m", 2, is_ready=False, num_restarts=0)]))
+    found = {name: value for name, value in samples(metrics.render()).items() if "load_duration" in name}
+    assert found == {'nv_model_load_duration_secs{model="m",version="1"}': 2.5}
+
+
 def test_cpu_readings_are_plausible() -> None:
     found = samples(Metrics(settings()).render())
     assert 0 <= found["nv_cpu_utilization"] <= 1
