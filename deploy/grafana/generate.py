@@ -31,7 +31,7 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("Batching and load", r"enginehouse_(batch_size|requests_refused|model_saturation)"),
     ("Response cache", r"nv_cache_\w+"),
     ("Language models", r"vllm:\w+"),
-    ("Models and hosts", r"enginehouse_(model_ready|host_restarts|build_info|tensors_\w+)|nv_model_load_duration_secs"),
+    ("Models and hosts", r"enginehouse_(model_ready|model_load_duration_seconds|host_restarts|build_info|tensors_\w+)"),
     ("Memory", r"enginehouse_memory_\w+|nv_pinned_memory\w+"),
     ("CPU", r"nv_cpu_\w+"),
     ("GPU", r"nv_gpu_\w+|nv_energy_consumption"),

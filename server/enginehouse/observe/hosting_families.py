@@ -84,9 +84,9 @@ def memory_families(budgets: Iterable[Budget]) -> Iterator[MetricFamily]:
 def version_families(versions: Iterable[VersionReading]) -> Iterator[MetricFamily]:
     read = list(versions)
     yield MetricFamily(
-        "nv_model_load_duration_secs",
+        "enginehouse_model_load_duration_seconds",
         "gauge",
-        "Model load time in seconds",
+        "Time that the version took to load",
         [("", _labels(each), each.load_s) for each in read if each.is_ready],
     )
     yield MetricFamily(

@@ -248,7 +248,7 @@ def test_load_times_are_told_of_versions_that_are_ready() -> None:
     loaded = VersionReading("m", 1, is_ready=True, num_restarts=0, load_s=2.5)
     metrics.add_provider(lambda: version_families([loaded, VersionReading("m", 2, is_ready=False, num_restarts=0)]))
     found = {name: value for name, value in samples(metrics.render()).items() if "load_duration" in name}
-    assert found == {'nv_model_load_duration_secs{model="m",version="1"}': 2.5}
+    assert found == {'enginehouse_model_load_duration_seconds{model="m",version="1"}': 2.5}
 
 
 def test_cpu_readings_are_plausible() -> None:
