@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -51,6 +52,10 @@ class DeviceRuntime(ABC):
     @abstractmethod
     def capture(self, work: Work) -> Graph:
         """Runs `work` for warming up, then captures it. It must use the same memory each time."""
+
+    @abstractmethod
+    def seconds(self, work: Callable[[], object], times: int = 20) -> float:
+        """How long `work` takes on the device, on average. Waits for it: never in a step."""
 
     @abstractmethod
     def pinned(self, num_bytes: int) -> torch.Tensor:
@@ -102,6 +107,18 @@ class CudaRuntime(DeviceRuntime):
             work()
         self._pool = self._pool or graph.pool()
         return _CudaGraph(graph)
+
+    def seconds(self, work: Callable[[], object], times: int = 20) -> float:
+        cuda: Any = torch.cuda
+        begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        with torch.cuda.stream(self._stream):
+            work()
+            begin.record(self._stream)
+            for _ in range(times):
+                work()
+            end.record(self._stream)
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000 / times
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
@@ -169,6 +186,12 @@ class SimulatedRuntime(DeviceRuntime):
     def capture(self, work: Work) -> Graph:
         self.num_captures += 1
         return _SimulatedGraph(self, work)
+
+    def seconds(self, work: Callable[[], object], times: int = 20) -> float:
+        """Once: the interpreter's time says nothing of a device's."""
+        started_s = time.perf_counter()
+        work()
+        return time.perf_counter() - started_s
 
     def pinned(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,22 +15,32 @@ import torch
 from enginehouse_backends.llm.architecture import Architecture
 from enginehouse_backends.llm.arena import Arena
 from enginehouse_backends.llm.attention import PLACE_BYTES, KvShape
+from enginehouse_backends.llm.attention.choosing import (
+    REHEARSED_BLOCKS,
+    Rehearsal,
+    candidates,
+    choose,
+    describe,
+    rehearsed_step,
+)
 from enginehouse_backends.llm.attention.tiles import (
     num_decode_splits,
     prefill_tiles,
     query_tokens_per_tile,
     rows_per_tile,
 )
-from enginehouse_backends.llm.attention.triton_backend import DeviceStep, TritonAttention, layer_caches
+from enginehouse_backends.llm.attention.triton_backend import DeviceAttention, DeviceStep, layer_caches
 from enginehouse_backends.llm.attention.triton_paged import (
+    AttentionShape,
     DecodeWorkspace,
     PrefillPlan,
     SequencePlaces,
     decode_block_n,
 )
 from enginehouse_backends.llm.checkpoint import Checkpoint
+from enginehouse_backends.llm.cuda_staging import Bucket, CudaRunnerSettings, Staging, exact_sizes
 from enginehouse_backends.llm.dense import load_plain
-from enginehouse_backends.llm.device_runtime import DeviceRuntime, Event, Graph
+from enginehouse_backends.llm.device_runtime import DeviceRuntime, Event
 from enginehouse_backends.llm.device_sampling import SamplingPlan, merge, plan_sampling, token_sources
 from enginehouse_backends.llm.kernels.triton_rope import TokenPlaces
 from enginehouse_backends.llm.kernels.triton_sampling import SamplingRows, sample
@@ -55,43 +64,7 @@ from enginehouse_backends.llm.step_layout import (
 logger = logging.getLogger(__name__)
 
 _MAX_UNFINISHED = 2
-
-
-@dataclass(frozen=True, slots=True)
-class CudaRunnerSettings:
-    """max_sequences: slots of the block table, and the largest batch that gets a graph."""
-
-    dtype: torch.dtype
-    max_tokens: int
-    max_sequences: int
-    max_wanted: int
-    max_positions: int
-    block_size: int = 16
-    quantization: str = ""
-    kv_cache_dtype: torch.dtype | None = None
-    pooling: str = ""
-    """Of a model that embeds."""
-    use_graphs: bool = True
-
-
-@dataclass(slots=True)
-class _Staging:
-    """Pinned memory of one step: what goes over and what comes back."""
-
-    words: torch.Tensor
-    tokens: torch.Tensor
-    table_rows: torch.Tensor
-    host_logits: torch.Tensor | None = None
-    is_free: bool = True
-
-
-@dataclass(slots=True)
-class _Bucket:
-    """A captured batch size. `logits` lies where the graph leaves it."""
-
-    layout: StepLayout
-    graph: Graph
-    logits: list[torch.Tensor] = field(default_factory=list)
+_REHEARSED_TOKENS = 2048
 
 
 class CudaRunner(Runner):
@@ -139,12 +112,16 @@ class CudaRunner(Runner):
             settings.block_size,
             settings.kv_cache_dtype or settings.dtype,
         )
-        self._attention = TritonAttention()
+        self._attention = DeviceAttention()
+        self._kernels = candidates(settings.attention, self.kv_shape, settings.dtype)
+        self.attention_choice = ""
+        """What attends, and why."""
+        self._num_steps = 0
         self._tokens_per_tile = query_tokens_per_tile(
             self._num_heads // self._num_kv_heads, rows_per_tile(architecture.head_dim)
         )
         self._batch_sizes = batch_buckets(settings.max_sequences)
-        self._buckets: dict[int, _Bucket] = {}
+        self._buckets: dict[int, Bucket] = {}
         self._arena: Arena | None = None
         self._allocate()
 
@@ -173,11 +150,11 @@ class CudaRunner(Runner):
         most = max(size * self._num_splits(size) for size in self._batch_sizes)
         self._workspace = DecodeWorkspace.allocate(most, heads, 1, dim, device)
 
-    def _make_staging(self, num_words: int, blocks: int) -> _Staging:
+    def _make_staging(self, num_words: int, blocks: int) -> Staging:
         slots = self._settings.max_sequences
         # the rows of the block table that changed, behind their numbers
         table_words = slots * (blocks + 1)
-        return _Staging(
+        return Staging(
             self._runtime.pinned(4 * num_words).view(torch.int32),
             self._runtime.pinned(4 * self._settings.max_wanted).view(torch.int32),
             self._runtime.pinned(4 * table_words).view(torch.int32),
@@ -198,17 +175,58 @@ class CudaRunner(Runner):
         self._runtime.synchronize()  # weights and buffers were filled on another stream
         before = self._runtime.free_bytes()
         self._buckets = {}
+        if not self.attention_choice:
+            self._choose_attention()
         if self._settings.use_graphs and not self.pooling and self._model.is_capturable:
             # the largest first: the smaller ones reuse its memory
             for size in reversed(self._batch_sizes):
                 self._buckets[size] = self._capture(size)
         self.workspace_bytes = max(before - self._runtime.free_bytes(), 0) + self._words.nbytes + self._table.nbytes
 
+    def _choose_attention(self) -> None:
+        """Before anything is served: it writes into the block table."""
+        chosen, forced = {}, self._settings.attention not in ("", "triton")
+        for phase in ("prompts", "decoding"):
+            usable = [each for each in self._kernels if phase == "prompts" or each.is_capturable]
+            rehearsal = None if len(usable) == 1 else self._rehearse(phase == "prompts")
+            if rehearsal is None:
+                kernels, chosen[phase] = usable[0], usable[0].name
+            else:
+                kernels, chosen[phase] = choose(usable, rehearsal, self._runtime, forced)
+            setattr(self._attention, phase, kernels)
+        self.attention_choice = describe(chosen)
+        logger.info("attention on %s: %s", self._runtime.device, self.attention_choice)
+
+    def _rehearse(self, is_prompt: bool) -> Rehearsal:
+        """A prompt's step, or one of decoding, over random blocks of its own."""
+        settings, shape, device = self._settings, self.kv_shape, self._runtime.device
+        longest = min(settings.max_positions, _REHEARSED_TOKENS)
+        count = 1 if is_prompt else bucket_for(min(settings.max_sequences, 32), self._batch_sizes) or 1
+        tokens = min(longest, settings.max_tokens) if is_prompt else count
+        arena = torch.randn(REHEARSED_BLOCKS * self.block_bytes // shape.dtype.itemsize, device=device)
+        cache = layer_caches(arena.to(shape.dtype).view(torch.uint8), shape, [(1.0, 1.0)] * shape.num_layers)[0]
+        step = rehearsed_step(tokens, count, longest, self._table.shape, self.block_bytes // PLACE_BYTES)
+        tiles = self._tiles_of(step)
+        layout = StepLayout.of(exact_sizes(step, tiles) if is_prompt else StepSizes.of_decoding(count))
+        staging = self._stagings[0]
+        fill_step(layout, staging.words.numpy(), step, token_sources(step, self._previous_rows), [], tiles)
+        self._send(layout, staging, step)
+        self._runtime.synchronize()
+        query = torch.randn(tokens, self._num_heads * shape.head_dim, device=device).to(settings.dtype)
+        ids = self._view(layout, "tokens")
+        last = int(np.diff(step.query_starts).max())
+
+        def make_step() -> DeviceStep:
+            self._num_steps += 1
+            return self._device_step(layout, ids, last, step, self._num_steps)
+
+        return Rehearsal(query, cache, make_step, AttentionShape(shape.head_dim**-0.5))
+
     def detach_arena(self) -> None:
         self._runtime.synchronize()
         self._buckets, self._caches, self._arena = {}, [], None
 
-    def _capture(self, batch_size: int) -> _Bucket:
+    def _capture(self, batch_size: int) -> Bucket:
         layout = StepLayout.of(StepSizes.of_decoding(batch_size))
         logits: list[torch.Tensor] = []
 
@@ -218,11 +236,11 @@ class CudaRunner(Runner):
                 self._view(layout, name).zero_()
 
         def work() -> None:
-            logits[:] = [self._forward(layout)]
+            logits[:] = [self._forward(layout, 1, None)]
 
         self._runtime.launch(clear)
         graph = self._runtime.capture(work)
-        return _Bucket(layout, graph, logits)
+        return Bucket(layout, graph, logits)
 
     # --- steps
     def run(self, step: StepInput) -> StepOutput:
@@ -236,7 +254,7 @@ class CudaRunner(Runner):
         staging.is_free = False
         bucket = self._bucket_of(step)
         tiles = [] if bucket is not None else self._tiles_of(step)
-        layout = bucket.layout if bucket is not None else StepLayout.of(_exact_sizes(step, tiles))
+        layout = bucket.layout if bucket is not None else StepLayout.of(exact_sizes(step, tiles))
         sampling = plan_sampling(step)
         sources = token_sources(step, self._previous_rows)
         fill_step(layout, staging.words.numpy(), step, sources, sampling.rows, tiles)
@@ -247,7 +265,7 @@ class CudaRunner(Runner):
         running.event = self._runtime.record()
         return running
 
-    def _bucket_of(self, step: StepInput) -> _Bucket | None:
+    def _bucket_of(self, step: StepInput) -> Bucket | None:
         if len(step.tokens) != len(step.slots) or len(step.wanted_rows) > len(step.slots):
             return None
         size = bucket_for(len(step.slots), self._batch_sizes)
@@ -257,7 +275,7 @@ class CudaRunner(Runner):
         counts = np.diff(step.query_starts)
         return prefill_tiles(np.where(counts == 1, 0, counts).tolist(), self._tokens_per_tile)
 
-    def _send(self, layout: StepLayout, staging: _Staging, step: StepInput) -> None:
+    def _send(self, layout: StepLayout, staging: Staging, step: StepInput) -> None:
         words = layout.num_words
         changed = list(step.changed_slots)
         columns = self._table.shape[1]
@@ -275,12 +293,13 @@ class CudaRunner(Runner):
 
         self._runtime.launch(copy)
 
-    def _launch_compute(self, layout: StepLayout, bucket: _Bucket | None, running: _RunningCudaStep) -> None:
+    def _launch_compute(self, layout: StepLayout, bucket: Bucket | None, running: _RunningCudaStep) -> None:
         if self.pooling:
             self._launch_pooling(layout, running)
             return
         num_wanted, staging = len(running.step.wanted_rows), running.staging
         host_rows = running.sampling.host_rows
+        step, longest = running.step, int(np.diff(running.step.query_starts).max())
         if len(host_rows):
             running.host_logits = self._host_logits(staging, len(host_rows))
 
@@ -290,7 +309,7 @@ class CudaRunner(Runner):
                 bucket.graph.replay()
                 logits = bucket.logits[0]
             else:
-                logits = self._forward(layout)
+                logits = self._forward(layout, longest, step)
             staging.tokens[:num_wanted].copy_(self._sampled[:num_wanted], non_blocking=True)
             if len(host_rows):
                 rows = torch.from_numpy(host_rows).long().to(logits.device, non_blocking=True)
@@ -301,15 +320,16 @@ class CudaRunner(Runner):
     def _launch_pooling(self, layout: StepLayout, running: _RunningCudaStep) -> None:
         step, width = running.step, self._build.architecture.hidden_size
         running.host_logits = self._host_logits(running.staging, len(step.slots), width)
+        longest = int(np.diff(step.query_starts).max())
 
         @torch.inference_mode()
         def compute() -> None:
-            rows = pool_rows(self._forward(layout), step, self.pooling)
+            rows = pool_rows(self._forward(layout, longest, step), step, self.pooling)
             running.host_logits.copy_(rows, non_blocking=True)
 
         self._runtime.launch(compute)
 
-    def _host_logits(self, staging: _Staging, num_rows: int, width: int = 0) -> torch.Tensor:
+    def _host_logits(self, staging: Staging, num_rows: int, width: int = 0) -> torch.Tensor:
         vocab = width or self._build.architecture.vocab_size
         if staging.host_logits is None or staging.host_logits.shape[0] < num_rows:
             memory = self._runtime.pinned(4 * num_rows * vocab)
@@ -332,13 +352,17 @@ class CudaRunner(Runner):
         first, count = layout.places[name]
         return self._words[first : first + count]
 
-    def _forward(self, layout: StepLayout) -> torch.Tensor:
-        """Launches the model and the sampling on what the step buffer holds. Gives the logits."""
+    def _forward(self, layout: StepLayout, longest: int, step: StepInput | None) -> torch.Tensor:
+        """Launches the model and the sampling on what the step buffer holds. Gives the logits.
+
+        longest: most tokens that a sequence computes · step: what the host knows of it, None for a graph.
+        """
+        self._num_steps += 1
         sizes = layout.sizes
         sources = self._view(layout, "token_sources")
         known = self._sampled[sources.clamp(min=0).long()]
         tokens = torch.where(sources >= 0, known, self._view(layout, "tokens"))
-        batch = self._device_step(layout, tokens)
+        batch = self._device_step(layout, tokens, longest, step, self._num_steps)
         logits = self._model.forward(tokens, batch)
         assert isinstance(logits, torch.Tensor), "bug: a model gave no tensor"
         if sizes.wanted and not self.pooling:
@@ -352,7 +376,9 @@ class CudaRunner(Runner):
             sample(logits, rows, self._sampled)
         return logits
 
-    def _device_step(self, layout: StepLayout, tokens: torch.Tensor) -> DeviceStep:
+    def _device_step(
+        self, layout: StepLayout, tokens: torch.Tensor, longest: int, given: StepInput | None, number: int
+    ) -> DeviceStep:
         assert self._arena is not None, "bug: a step runs before the arena is attached"
         sizes = layout.sizes
         starts, _ = layout.places["query_starts"]
@@ -372,7 +398,7 @@ class CudaRunner(Runner):
             arena=self._arena.memory,
             kv_shape=self.kv_shape,
             attention=self._attention,
-            max_query=sizes.tokens,
+            max_query=longest,
             max_context=self._settings.max_positions,
             token_places=TokenPlaces(positions, self._view(layout, "token_sequences"), table_rows, self._table),
             sequence_places=SequencePlaces(query_starts, lengths, table_rows, self._table),
@@ -381,6 +407,8 @@ class CudaRunner(Runner):
             num_splits=self._num_splits(bucket_for(sizes.decodes, self._batch_sizes) or sizes.decodes),
             workspace=self._workspace,
             caches=self._caches,
+            given=given,
+            number=number,
         )
 
     # --- blocks
@@ -405,7 +433,7 @@ class CudaRunner(Runner):
 
 
 class _RunningCudaStep(RunningStep):
-    def __init__(self, runner: CudaRunner, step: StepInput, sampling: SamplingPlan, staging: _Staging) -> None:
+    def __init__(self, runner: CudaRunner, step: StepInput, sampling: SamplingPlan, staging: Staging) -> None:
         self._runner, self.step, self.sampling, self.staging = runner, step, sampling, staging
         self.may_overlap = not len(sampling.host_rows) and not runner.pooling
         self.event: Event | None = None
@@ -413,8 +441,3 @@ class _RunningCudaStep(RunningStep):
 
     def finish(self) -> StepOutput:
         return self._runner.finish(self)
-
-
-def _exact_sizes(step: StepInput, tiles: list[tuple[int, int]]) -> StepSizes:
-    decodes = int((np.diff(step.query_starts) == 1).sum())
-    return StepSizes(len(step.tokens), len(step.slots), len(step.wanted_rows), decodes, len(tiles))

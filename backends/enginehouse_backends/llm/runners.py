@@ -79,7 +79,8 @@ def _make_cuda_runner(
     on_loaded: Callable[[int], None],
     group: ParallelGroup | None,
 ) -> Runner:
-    from enginehouse_backends.llm.runner_cuda import CudaRunner, CudaRunnerSettings
+    from enginehouse_backends.llm.cuda_staging import CudaRunnerSettings
+    from enginehouse_backends.llm.runner_cuda import CudaRunner
 
     free = runtime.free_bytes()
     needed = plan.weights_bytes + plan.kv_bytes
@@ -98,6 +99,7 @@ def _make_cuda_runner(
         quantization=plan.quantization,
         kv_cache_dtype=plan.kv_cache_dtype,
         pooling=plan.pooling,
+        attention=plan.attention,
     )
     return CudaRunner(architecture, checkpoint, settings, runtime, group, on_loaded)
 

@@ -18,11 +18,12 @@ from enginehouse.types import SamplingParameters
 from enginehouse_backends.llm.architecture import read_architecture
 from enginehouse_backends.llm.arena import Arena
 from enginehouse_backends.llm.checkpoint import Checkpoint
+from enginehouse_backends.llm.cuda_staging import CudaRunnerSettings
 from enginehouse_backends.llm.device_runtime import SimulatedRuntime
 from enginehouse_backends.llm.generation import Generation
 from enginehouse_backends.llm.kernels import interpreting
 from enginehouse_backends.llm.runner import RunningStep, StepInput
-from enginehouse_backends.llm.runner_cuda import CudaRunner, CudaRunnerSettings
+from enginehouse_backends.llm.runner_cuda import CudaRunner
 from tests.acceptance.llm.small_models import MAX_POSITIONS, VOCAB, save_reference
 
 interpreting.install()

@@ -1,11 +1,13 @@
-"""Attention on GPUs by the Triton kernels. A block is [layer, k or v, kv_head, token, head_dim], as in gather.py.
+"""Attention on GPUs. A block is [layer, k or v, kv_head, token, head_dim], as in gather.py.
 
-What a step does is on the device already (DeviceStep): attending launches kernels and nothing else, so that it
-can be captured.
+Rotation and writing are always the Triton kernels'; attending is theirs or another library's (alternatives.py), as
+choosing.py has found. What a step does is on the device already (DeviceStep): attending launches kernels and nothing
+else, so that it can be captured.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +23,7 @@ from enginehouse_backends.llm.attention.triton_paged import (
 )
 from enginehouse_backends.llm.kernels.triton_rope import HeadNorm, PagedKv, TokenPlaces, rope_and_write
 from enginehouse_backends.llm.layers import AttentionLayer, RmsNorm
+from enginehouse_backends.llm.runner import StepInput
 
 
 @dataclass(slots=True)
@@ -35,27 +38,64 @@ class DeviceStep(StepBatch):
     workspace: DecodeWorkspace = field(kw_only=True)
     caches: list[PagedKv] = field(kw_only=True)
     """One a layer."""
+    given: StepInput | None = field(kw_only=True, default=None)
+    """What the host knows of it; None while a graph is captured."""
+    number: int = field(kw_only=True, default=0)
+    _page_table: torch.Tensor | None = field(kw_only=True, default=None)
+
+    @property
+    def page_table(self) -> torch.Tensor:
+        """[S, blocks] int32: `block_places` by sequence. Made once a step, for kernels that want it so."""
+        if self._page_table is None:
+            places = self.sequence_places
+            self._page_table = places.block_table.index_select(0, places.table_rows.long())
+        return self._page_table
 
 
-class TritonAttention(AttentionBackend):
-    """See module."""
+class PagedKernels(ABC):
+    """Attends over blocks that are written already."""
+
+    name: str
+    is_capturable = True
+    """Whether a graph can hold it."""
+
+    @abstractmethod
+    def attend(self, query: torch.Tensor, cache: PagedKv, step: DeviceStep, shape: AttentionShape) -> torch.Tensor:
+        """query: [T, query heads * head_dim] → the same. Rows of padding may hold anything."""
+
+
+class TritonKernels(PagedKernels):
+    """Ours."""
 
     name = "triton"
 
-    def attend(self, layer: AttentionLayer, qkv: torch.Tensor, step: StepBatch) -> torch.Tensor:
-        assert isinstance(step, DeviceStep), "bug: this attention needs a step that is prepared for it"
-        cache = step.caches[layer.index]
-        query = qkv.new_empty((qkv.shape[0], layer.num_heads * layer.head_dim))
+    def attend(self, query: torch.Tensor, cache: PagedKv, step: DeviceStep, shape: AttentionShape) -> torch.Tensor:
         out = torch.empty_like(query)
-        norm = head_norm(layer.q_norm, layer.k_norm)
-        rope_and_write(qkv, query, cache, step.token_places, layer.rope, num_query_heads=layer.num_heads, norm=norm)
-        shape = AttentionShape(layer.scale, layer.softcap, layer.window)
         if step.prefill is not None:
             prefill_attention(query, cache, out, step.sequence_places, step.prefill, shape)
         decode_attention(
             query, cache, out, step.sequence_places, step.decode_sequences, shape, step.workspace, step.num_splits
         )
         return out
+
+
+class DeviceAttention(AttentionBackend):
+    """`prompts` attends in steps in which somebody computes several tokens, `decoding` in all others."""
+
+    name = "device"
+
+    def __init__(self) -> None:
+        self.prompts: PagedKernels = TritonKernels()
+        self.decoding: PagedKernels = self.prompts
+
+    def attend(self, layer: AttentionLayer, qkv: torch.Tensor, step: StepBatch) -> torch.Tensor:
+        assert isinstance(step, DeviceStep), "bug: this attention needs a step that is prepared for it"
+        cache = step.caches[layer.index]
+        query = qkv.new_empty((qkv.shape[0], layer.num_heads * layer.head_dim))
+        norm = head_norm(layer.q_norm, layer.k_norm)
+        rope_and_write(qkv, query, cache, step.token_places, layer.rope, num_query_heads=layer.num_heads, norm=norm)
+        kernels = self.decoding if step.prefill is None else self.prompts
+        return kernels.attend(query, cache, step, AttentionShape(layer.scale, layer.softcap, layer.window))
 
 
 def head_norm(q_norm: RmsNorm | None, k_norm: RmsNorm | None) -> HeadNorm | None:
