@@ -19,6 +19,7 @@ from enginehouse.execution.channel import Channel
 from enginehouse.execution.contract import ExecutionTimes
 from enginehouse.execution.held import HeldTensors, kept_outputs, output_of, pieces_of
 from enginehouse.execution.joining import JoinedTensor
+from enginehouse.execution.open_calls import NoAnswer, OpenCalls
 from enginehouse.execution.refs import request_ref, response_of, tensors_bytes, write_tensors
 from enginehouse.execution.slab import (
     MIN_SEGMENT_BYTES,
@@ -46,10 +47,6 @@ OnService: TypeAlias = "Callable[[WorkerProcess, Any], None]"
 OnEnd: TypeAlias = "Callable[[WorkerProcess, str], None]"
 
 
-class NoAnswer(Unavailable):
-    """To a call: the worker ended, or took too long."""
-
-
 class WorkerProcess:
     """`on_service` gets what models ask of the server. `on_end` is called once with how the process ended,
     after everything that it had answered was passed on and everything else has failed."""
@@ -69,7 +66,7 @@ class WorkerProcess:
         self.what = what
         self.on_end = on_end
         self.on_service = on_service
-        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._calls = OpenCalls()
         self._last_id = 0
         self.batches: dict[int, WorkerBatch] = {}
         self.engine_events: dict[int, Callable[[list[Any]], None]] = {}
@@ -101,18 +98,10 @@ class WorkerProcess:
     async def call(self, make: Callable[[int], Any], timeout_s: float | None = None) -> Any:
         """Sends `make(call_id)`; its reply's value. Raises the reply's error, or NoAnswer if the worker ends
         before or takes too long."""
-        call_id = self.new_id()
-        reply: asyncio.Future[Any] = self._loop.create_future()
         if not self.alive:
             raise NoAnswer(f"{self.what} is not running")
-        self._calls[call_id] = reply
-        self.channel.send(make(call_id))
-        try:
-            return await asyncio.wait_for(reply, timeout_s)
-        except TimeoutError:
-            raise NoAnswer(f"{self.what} did not answer within {timeout_s:g} s") from None
-        finally:
-            self._calls.pop(call_id, None)
+        call_id = self.new_id()
+        return await self._calls.ask(call_id, lambda: self.channel.send(make(call_id)), self.what, timeout_s)
 
     def new_id(self) -> int:
         self._last_id += 1
@@ -294,7 +283,7 @@ class WorkerProcess:
         elif kind is m.Freed:
             self.outgoing.free(message.freed)
         elif kind is m.Reply:
-            self._on_reply(message)
+            self._calls.on_reply(message)
         elif kind is m.Events:
             on_events = self.engine_events.get(message.instance_id)
             if on_events is not None:
@@ -309,15 +298,6 @@ class WorkerProcess:
             self._serve_waiting()
         if len(self.incoming.released) >= _FREED_ALONE:
             self.channel.send(m.Freed(self.incoming.take_released()))
-
-    def _on_reply(self, reply: m.Reply) -> None:
-        future = self._calls.get(reply.call_id)
-        if future is None or future.done():
-            return
-        if reply.error is not None:
-            future.set_exception(reply.error.error())
-        else:
-            future.set_result(reply.value)
 
     def _on_done(self, done: m.Done) -> None:
         running = self.batches.get(done.batch_id)
@@ -391,9 +371,7 @@ class WorkerProcess:
         self.on_end(self, self._kill_reason or how)
 
     def _fail_everything(self, reason: str) -> None:
-        for reply in self._calls.values():
-            if not reply.done():
-                reply.set_exception(NoAnswer(reason))
+        self._calls.fail_all(reason)
         waiting, self._waiting_for_room = self._waiting_for_room, []
         for _, _, refuse in waiting:
             refuse(Unavailable(reason, reason=FailureReason.BACKEND))

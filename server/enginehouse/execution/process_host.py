@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from enginehouse.errors import EnginehouseError, Unavailable
 from enginehouse.execution import messages as m
-from enginehouse.execution.process import NoAnswer, WorkerProcess
+from enginehouse.execution.open_calls import NoAnswer
+from enginehouse.execution.process import WorkerProcess
 from enginehouse.execution.process_instances import ProcessInstance
 from enginehouse.execution.process_services import ServiceDesk
 from enginehouse.execution.slab import first_segments

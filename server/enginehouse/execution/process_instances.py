@@ -16,8 +16,9 @@ from enginehouse.execution import messages as m
 from enginehouse.execution.answering import WorkerBatch
 from enginehouse.execution.contract import Batch
 from enginehouse.execution.generations import Generations
+from enginehouse.execution.open_calls import NoAnswer
 from enginehouse.execution.patience import ends_in_time
-from enginehouse.execution.process import NoAnswer, WorkerProcess
+from enginehouse.execution.process import WorkerProcess
 from enginehouse.execution.running import as_error
 from enginehouse.types import GenerateRequest, InferRequest, MetricFamily, TokenEvent
 
