@@ -180,7 +180,8 @@ class Library:
         return int(self._program(array, len(operations), kind))
 
     def program_free(self, program: int) -> None:
-        self._program_free(program)
+        with self._team:
+            self._program_free(program)
 
     def program_run(self, program: int, step: NativeStep, num_threads: int) -> None:
         with self._team:

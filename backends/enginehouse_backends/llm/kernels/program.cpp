@@ -46,7 +46,6 @@ struct Step {
 struct Program {
   std::vector<Operation> operations;
   Type type;
-  std::unique_ptr<std::atomic<int>[]> claims;
 };
 
 inline Team*& team() {
@@ -206,24 +205,18 @@ void run_chunk(const Operation& o, const Step& step, const Cut& cut, long chunk)
   for (long row = chunk * cut.rows_each; row < stop; ++row) row_operation<A>(o, step, row);
 }
 
+// A step of a program as a team's job: an operation is a stage.
 template <class A>
-void run(Program& program, const Step& step, int threads) {
-  const long count = long(program.operations.size());
-  for (long i = 0; i < count; ++i) program.claims[i].store(0, std::memory_order_relaxed);
-  auto job = [&](int) {
-    for (long i = 0; i < count; ++i) {
-      const Operation& o = program.operations[i];
-      const Cut cut = cut_of(o, step, threads);
-      for (;;) {
-        const long chunk = program.claims[i].fetch_add(1, std::memory_order_relaxed);
-        if (chunk >= cut.chunks) break;
-        run_chunk<A>(o, step, cut, chunk);
-      }
-      team()->meet();
-    }
-  };
-  team()->run(threads, job);
-}
+struct StepJob {
+  const Program* program;
+  Step step;
+  int threads;
+  long chunks(long i) const { return cut_of(program->operations[i], step, threads).chunks; }
+  void work(long i, long chunk) const {
+    const Operation& o = program->operations[i];
+    run_chunk<A>(o, step, cut_of(o, step, threads), chunk);
+  }
+};
 
 template <class W, class S>
 void pack(const S* source, long source_stride, long first_output, long outputs, long n, long k, W* packed) {
@@ -234,21 +227,45 @@ void pack(const S* source, long source_stride, long first_output, long outputs, 
         put(packed + packed_index<W>(n, k, first_output + output, i), get(source + output * source_stride + i));
 }
 
+// Packs some outputs, a group a chunk.
+template <class S>
+struct PackJob {
+  int type;
+  const S* source;
+  long stride, first, outputs, n, k;
+  void* packed;
+  long chunks(long) const { return (outputs + kGroup - 1) / kGroup; }
+  void work(long, long group) const {
+    const long from = group * kGroup, some = std::min<long>(kGroup, outputs - from);
+    if (type == kFloat32)
+      pack(source + from * stride, stride, first + from, some, n, k, static_cast<float*>(packed));
+    else
+      pack(source + from * stride, stride, first + from, some, n, k, static_cast<bf16*>(packed));
+  }
+};
+
 template <class S>
 void pack_as(int type, const S* source, long stride, long first, long outputs, long n, long k, void* packed) {
-  const long groups = (outputs + kGroup - 1) / kGroup;
-  std::atomic<long> claim{0};
-  auto job = [&](int) {
-    for (long g; (g = claim.fetch_add(1)) < groups;) {
-      const long from = g * kGroup, some = std::min<long>(kGroup, outputs - from);
-      if (type == kFloat32)
-        pack(source + from * stride, stride, first + from, some, n, k, static_cast<float*>(packed));
-      else
-        pack(source + from * stride, stride, first + from, some, n, k, static_cast<bf16*>(packed));
-    }
-  };
-  team()->run(team()->size(), job);
+  team()->run(team()->size(), 1, PackJob<S>{type, source, stride, first, outputs, n, k, packed});
 }
+
+// Rows are rounded, then blocks of outputs multiplied.
+struct CodedJob {
+  const CodedWeights* weights;
+  const void* x;
+  int x_type;
+  long x_stride, rows;
+  Unit* units;
+  float* y;
+  long y_stride;
+  long chunks(long stage) const { return stage == 0 ? rows : num_blocks(weights->outputs); }
+  void work(long stage, long chunk) const {
+    const long each = num_units(*weights);
+    if (stage == 1) return coded_linear(*weights, units, each, chunk, rows, y, y_stride);
+    if (x_type == kFloat32) round_row(static_cast<const float*>(x) + chunk * x_stride, *weights, units + chunk * each);
+    else round_row(static_cast<const bf16*>(x) + chunk * x_stride, *weights, units + chunk * each);
+  }
+};
 
 struct Half {
   uint16_t bits;
@@ -307,33 +324,29 @@ void eh_pack(int type, int source_type, const void* source, int64_t stride, int6
 // y: [rows, outputs] = x W^T for weights as codes, outside of a program. `units`: room for rows * units a row.
 void eh_coded_linear(const CodedWeights* weights, const void* x, int x_type, int64_t x_stride, int64_t rows, void* units,
                      float* y, int64_t y_stride, int threads) {
-  const long each = num_units(*weights), blocks = num_blocks(weights->outputs);
-  Unit* rounded = static_cast<Unit*>(units);
-  std::atomic<long> row_claim{0}, block_claim{0};
-  auto job = [&](int) {
-    for (long r; (r = row_claim.fetch_add(1)) < rows;) {
-      if (x_type == kFloat32) round_row(static_cast<const float*>(x) + r * x_stride, *weights, rounded + r * each);
-      else round_row(static_cast<const bf16*>(x) + r * x_stride, *weights, rounded + r * each);
-    }
-    team()->meet();
-    for (long b; (b = block_claim.fetch_add(1)) < blocks;)
-      coded_linear(*weights, rounded, each, b, rows, y, y_stride);
-  };
-  team()->run(std::min(threads, team()->size()), job);
+  const CodedJob job{weights, x, x_type, x_stride, rows, static_cast<Unit*>(units), y, y_stride};
+  team()->run(std::min(threads, team()->size()), 2, job);
+  team()->forget();  // `weights` are the caller's
 }
 
 void* eh_program(const Operation* operations, int64_t count, int type) {
   auto* program = new Program;
   program->operations.assign(operations, operations + count);
   program->type = Type(type);
-  program->claims = std::make_unique<std::atomic<int>[]>(size_t(count));
   return program;
 }
-void eh_program_free(void* program) { delete static_cast<Program*>(program); }
+void eh_program_free(void* program) {
+  if (team()) team()->forget();
+  delete static_cast<Program*>(program);
+}
 
 void eh_program_run(void* pointer, const Step* step, int threads) {
-  auto& program = *static_cast<Program*>(pointer);
+  const auto& program = *static_cast<const Program*>(pointer);
   const int some = std::min(threads, team()->size());
-  program.type == kFloat32 ? run<float>(program, *step, some) : run<bf16>(program, *step, some);
+  const long count = long(program.operations.size());
+  if (program.type == kFloat32)
+    team()->run(some, count, StepJob<float>{&program, *step, some});
+  else
+    team()->run(some, count, StepJob<bf16>{&program, *step, some});
 }
 }
