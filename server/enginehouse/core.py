@@ -130,6 +130,12 @@ class Core:
             await self._lifecycle.load(self.registry.resolve(name))
         return self.registry.find(name, version)
 
+    def why_unready(self, name: str) -> str:
+        """Why no version of the model can be asked; "" if one can, or if there is no such model."""
+        key = self.registry.resolve(name)
+        unread = "" if self.lifecycle is None else self.lifecycle.poll_failure(key)
+        return self.registry.why_unready(key) or unread
+
     def index(self, repository: str = "", ready_only: bool = False) -> list[IndexEntry]:
         self._check_started()
         duplicates = self.source.known_duplicates()

@@ -315,6 +315,9 @@ class ServerOptions:
         "", text, "How models write tool calls: hermes, llama3, mistral; default: by the model.", has_effect=False
     )
     chat_template: str = _openai("", text, "File with a chat template that replaces the models' own.")
+    trust_request_chat_template: bool = _openai(
+        False, boolean, "Let requests bring chat templates: programs, which may take time and memory as they like."
+    )
     lora_separator: str = _openai(
         "", text, "What stands between model and adapter in a model's name.", has_effect=False
     )

@@ -74,7 +74,7 @@ class ChatTemplate:
             )
         except jinja2.TemplateSyntaxError as error:
             raise InvalidArgument(f"the chat template has an error in line {error.lineno}: {error}") from error
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise InvalidArgument(f"the chat template refuses the messages: {error}") from error
 
 

@@ -152,6 +152,10 @@ class Lifecycle:
         except EnginehouseError as error:
             logger.error("%s", error.message.rstrip())
 
+    def poll_failure(self, name: str) -> str:
+        """Why the model's folder could not be read when it was last looked at; "" if it could."""
+        return self._poll_failures.get(name, "")
+
     def _note_poll_failure(self, name: str, problem: PollError) -> None:
         """What serves goes on serving; the log and the index say why it stays as it is."""
         logger.error("Poll failed for model '%s': %s", name, problem)

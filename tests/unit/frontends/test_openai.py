@@ -323,3 +323,16 @@ async def test_a_model_that_failed_to_load_is_refused_with_the_reason(
     listing = await ask(router, "/v1/models", method="GET")
     assert isinstance(listing, HttpResponse)
     assert [model["id"] for model in json.loads(joined(listing))["data"]] == list(names)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("trusted", "status"), [(False, 400), (True, 200)])
+async def test_a_request_brings_a_chat_template_only_where_it_is_trusted(
+    engine: LetterEngine, trusted: bool, status: int
+) -> None:
+    """A template is a program: one of `{{ 'x' * 10**10 }}` takes all memory."""
+    router = letter_server(engine, trust_request_chat_template=trusted)
+    document = {"model": "letters", "messages": [{"role": "user", "content": "hi"}], "chat_template": "{{ 1 }}"}
+    found, refusal = await answer(router, "/v1/chat/completions", document)
+    assert found == status
+    assert trusted or "--trust-request-chat-template" in refusal["error"]["message"]

@@ -237,6 +237,8 @@ def test_arguments_of_tool_calls_are_objects(tmp_path: Path) -> None:
         ("{% if %}", ChatPrompt([user("hi")]), "error in line 1"),
         ("{{ raise_exception('roles must alternate') }}", ChatPrompt([user("hi")]), "roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", ChatPrompt([user("hi")]), "refuses the messages"),
+        ("{{ 1 / 0 }}", ChatPrompt([user("hi")]), "refuses the messages: division by zero"),
+        ("{{ range(10 ** 9) }}", ChatPrompt([user("hi")]), "refuses the messages: Range too big"),
         (CHATML, ChatPrompt([user("hi")], continue_final_message=True), "can't both be true"),
     ],
 )

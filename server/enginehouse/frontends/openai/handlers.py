@@ -34,6 +34,7 @@ class GenerationHandlers:
         self._tenants = TenantHeader.of(options.tenant_header)
         self._default_max_tokens = options.default_max_tokens
         self._chat_template = _read_template(options.chat_template)
+        self._trusts_templates = options.trust_request_chat_template
 
     async def completions(self, http: HttpRequest) -> Reply:
         body = decode(http.body, CompletionRequest)
@@ -50,6 +51,8 @@ class GenerationHandlers:
         served = await model_of(self._core, body.model)
         sampling = chat_sampling(body)
         answer = _answer(body, http, served, "chatcmpl-", 1, sampling.logprobs)
+        if body.chat_template and not self._trusts_templates:
+            raise BadField("chat_template", "a request may bring one only with --trust-request-chat-template")
         prompt = chat_prompt(body, self._chat_template)
         return await self._generate(body, http, answer, [prompt], sampling)
 
@@ -87,7 +90,7 @@ async def model_of(core: Core, name: str) -> ServedVersion:
 
 def not_served(core: Core, name: str) -> NotFound:
     """Says why, where there is such a model and it could not be loaded."""
-    reason = core.registry.why_unready(name)
+    reason = core.why_unready(name)
     if reason:
         return NotFound(f"The model '{name}' is not available: {reason}")
     return NotFound(f"The model '{name}' does not exist.")
