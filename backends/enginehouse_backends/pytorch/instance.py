@@ -124,8 +124,10 @@ class TorchInstance(TensorInstance):
 
     def _to_tensors(self, leaves: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Tensor]:
         borrowed = {value.untyped_storage().data_ptr() for value in values.values() if torch.is_tensor(value)}
+        assert self._program is not None, "a bug: the instance is closed"
+        is_pure = not self._program.may_write_inputs
         leaves = {
-            name: own_on_device(leaf, borrowed) if name in self.kept_outputs else to_host(leaf, borrowed)
+            name: own_on_device(leaf, borrowed, is_pure) if name in self.kept_outputs else to_host(leaf, borrowed)
             for name, leaf in leaves.items()
         }
         if self._stream is not None:
@@ -176,12 +178,12 @@ def to_host(leaf: Any, borrowed: set[int]) -> Any:
     return host.clone() if host.untyped_storage().data_ptr() in borrowed else host
 
 
-def own_on_device(leaf: Any, borrowed: set[int]) -> Any:
-    """Where it is, and not the memory of an input."""
+def own_on_device(leaf: Any, borrowed: set[int], is_pure: bool) -> Any:
+    """Where it is, and neither the memory of an input nor what a model that isn't pure may change in its next run."""
     if not torch.is_tensor(leaf):
         return leaf
     kept = leaf.detach().contiguous()
-    return kept.clone() if kept.untyped_storage().data_ptr() in borrowed else kept
+    return kept if is_pure and kept.untyped_storage().data_ptr() not in borrowed else kept.clone()
 
 
 def tensor_of(name: str, leaf: Any, datatype: DataType) -> Tensor:

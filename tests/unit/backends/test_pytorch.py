@@ -294,3 +294,12 @@ def test_ranges_of_tensors_on_a_device_are_joined_there() -> None:
     assert isinstance(joined, TorchDeviceData)
     assert np.frombuffer(joined.to_host(), np.float32).tolist() == [2, 3, 12, 13]
     assert first.joined([first, memoryview(b"1234")]) is None
+
+
+def test_a_kept_output_is_not_changed_by_a_model_that_answers_with_its_own_memory(tmp_path: Path) -> None:
+    torch_models.save_script(tmp_path / "1" / "model.pt", torch_models.Counting())
+    instance = instance_of(tmp_path, "max_batch_size: 1 " + entry("input", "INPUT") + entry("output", "OUTPUT"))
+    instance.kept_outputs = frozenset(["OUTPUT"])
+    first, second = (instance.run(tensors(INPUT=floats(1, 2, 3, 4)), [])["OUTPUT"] for _ in range(2))
+    assert first.numpy().tolist() == [[1, 2, 3, 4]]
+    assert second.numpy().tolist() == [[2, 4, 6, 8]]

@@ -15,6 +15,19 @@ class Identity(nn.Module):
         return INPUT
 
 
+class Counting(nn.Module):
+    """Answers with memory of its own, which the next call changes."""
+
+    total: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(1, 4))
+
+    def forward(self, INPUT: torch.Tensor) -> torch.Tensor:
+        return self.total.add_(INPUT)
+
+
 class SumAndDifference(nn.Module):
     def forward(self, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return left + right, left - right
