@@ -64,6 +64,24 @@ class Generation:
     """Output tokens that it had when prompts last went before its decoding (see prompt_policy.py)."""
     first_scheduled_ns: int = 0
 
+    changes_logits: bool = field(init=False)
+    """Whether its sampling does, before a token is chosen; min_tokens apart, which does at first only."""
+    only_likeliest: bool = field(init=False)
+    """Nothing but the likeliest token is wanted, at every step."""
+
+    def __post_init__(self) -> None:
+        wanted = self.sampling
+        self.changes_logits = bool(
+            wanted.repetition_penalty != 1
+            or wanted.presence_penalty
+            or wanted.frequency_penalty
+            or wanted.logit_bias
+            or self.bad_word_ids
+            or wanted.allowed_token_ids is not None
+        )
+        plain = wanted.temperature == 0 and wanted.logprobs is None and wanted.min_tokens == 0
+        self.only_likeliest = plain and not self.changes_logits
+
     # the engine's
     finish_reason: FinishReason | None = None
 

@@ -184,9 +184,13 @@ class _NativeExecutor(_Executor):
 
     def run(self, step: StepInput, arena: Arena) -> tuple[torch.Tensor, torch.Tensor | None]:
         num_tokens, num_wanted = len(step.tokens), len(step.wanted_rows)
-        counts = np.diff(step.query_starts)
-        token_sequences = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        items = _attention_items(step, counts)
+        num_sequences = len(step.query_starts) - 1
+        if num_tokens == num_sequences:
+            token_sequences, items = step.query_starts, _single_items(step)
+        else:
+            counts = np.diff(step.query_starts)
+            token_sequences = np.repeat(np.arange(num_sequences, dtype=np.int32), counts)
+            items = _attention_items(step, counts)
         native = NativeStep(
             tokens=step.tokens.ctypes.data,
             positions=step.positions.ctypes.data,
@@ -198,7 +202,7 @@ class _NativeExecutor(_Executor):
             arena=arena.memory.data_ptr(),
             wanted_rows=step.wanted_rows.ctypes.data,
             num_tokens=num_tokens,
-            num_sequences=len(counts),
+            num_sequences=num_sequences,
             num_wanted=num_wanted,
             items=items.ctypes.data,
             num_items=len(items),
@@ -215,11 +219,15 @@ class _NativeExecutor(_Executor):
         self._program.close()
 
 
+def _single_items(step: StepInput) -> IntArray:
+    """As `_attention_items`, where each sequence has one token."""
+    items = np.ones((len(step.tokens), 3), dtype=np.int32)
+    items[:, 0] = items[:, 1] = np.argsort(-step.context_lengths)
+    return items
+
+
 def _attention_items(step: StepInput, counts: IntArray) -> IntArray:
     """[items, 3] sequence, first row, queries: the longest first, so that threads end together."""
-    if len(step.tokens) == len(counts):
-        order = np.argsort(-step.context_lengths).astype(np.int32)
-        return np.stack((order, order, np.ones_like(order)), axis=1)
     items = []
     for sequence in np.argsort(-counts * step.context_lengths).tolist():
         first, count = int(step.query_starts[sequence]), int(counts[sequence])
