@@ -18,11 +18,9 @@ class Identity(nn.Module):
 class Counting(nn.Module):
     """Answers with memory of its own, which the next call changes."""
 
-    total: torch.Tensor
-
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("total", torch.zeros(1, 4))
+        self.total = nn.Parameter(torch.zeros(1, 4), requires_grad=False)
 
     def forward(self, INPUT: torch.Tensor) -> torch.Tensor:
         return self.total.add_(INPUT)
