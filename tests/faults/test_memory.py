@@ -15,7 +15,7 @@ from google.protobuf import text_format
 from enginehouse.backend import LoadContext
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import ResourceExhausted
-from enginehouse.execution import process, slab
+from enginehouse.execution import slab
 from enginehouse.execution.hosts import HostOptions, ModelHosts
 from tests.faults.hosting import BACKENDS, CONFIG, HERE, Hosted, hosted, request_of, workers_find_tests
 
@@ -107,7 +107,7 @@ async def test_no_memory_for_an_input_fails_that_request_alone(monkeypatch: pyte
             raise OSError(12, "Cannot allocate memory")
 
         with monkeypatch.context() as patched:
-            patched.setattr(process, "make_segment", refuse)
+            patched.setattr(slab, "make_segment", refuse)
             answered = await host.run_requests([request_of(1, 1_000_000)])
         assert isinstance(answered.error, ResourceExhausted)
         assert "no memory for 4000000 bytes of input" in str(answered.error)
@@ -129,7 +129,7 @@ async def test_no_memory_for_an_output_fails_that_request_alone(monkeypatch: pyt
             return make(name, nbytes)
 
         with monkeypatch.context() as patched:
-            patched.setattr(process, "make_segment", refuse_outputs)
+            patched.setattr(slab, "make_segment", refuse_outputs)
             failed = await host.run_requests([request_of(1, 3_000_000)])
         assert "no memory for" in str(failed.error)
         assert "bytes of output" in str(failed.error)
