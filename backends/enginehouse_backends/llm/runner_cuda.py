@@ -48,6 +48,7 @@ from enginehouse_backends.llm.layers import Build
 from enginehouse_backends.llm.models import build_model
 from enginehouse_backends.llm.parallel_group import ParallelGroup
 from enginehouse_backends.llm.pooling import pool_rows
+from enginehouse_backends.llm.quantization.formats import read_kv_scales
 from enginehouse_backends.llm.quantization.linears import Place
 from enginehouse_backends.llm.quantization.loading import plan_quantization, quantized_loader
 from enginehouse_backends.llm.row_operations import TritonRows
@@ -112,6 +113,9 @@ class CudaRunner(Runner):
             settings.block_size,
             settings.kv_cache_dtype or settings.dtype,
         )
+        self._kv_scales = [(1.0, 1.0)] * architecture.num_layers
+        if self.kv_shape.dtype.itemsize == 1:
+            self._kv_scales = read_kv_scales(checkpoint, architecture.num_layers)
         self._attention = DeviceAttention()
         self._kernels = candidates(settings.attention, self.kv_shape, settings.dtype)
         self.attention_choice = ""
@@ -170,8 +174,7 @@ class CudaRunner(Runner):
         if self._arena is not None and self._arena.memory is arena.memory:
             return
         self._arena = arena
-        scales = [(1.0, 1.0)] * self.kv_shape.num_layers
-        self._caches = layer_caches(arena.memory, self.kv_shape, scales)
+        self._caches = layer_caches(arena.memory, self.kv_shape, self._kv_scales)
         self._runtime.synchronize()  # weights and buffers were filled on another stream
         before = self._runtime.free_bytes()
         self._buckets = {}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from enginehouse.types import SamplingParameters
 from enginehouse_backends.llm.architecture import read_architecture
@@ -259,6 +260,24 @@ def test_blocks_move_in_the_order_of_the_stream(llama: tuple[Any, Path]) -> None
     crowd.start([(generation, 1)])
     crowd.finish()
     assert list(generation.tokens[21:]) == greedy(reference, prompts()[1], 2)
+
+
+def test_an_fp8_caches_scales_are_the_checkpoints(llama: tuple[Any, Path]) -> None:
+    """Keys a thousand times too large for FP8 are kept by a scale, and cut off without."""
+    reference, folder = llama
+    weights = load_file(folder / "model.safetensors")
+    for layer in range(3):
+        weights[f"model.layers.{layer}.self_attn.k_proj.weight"] *= 1000
+        weights[f"model.layers.{layer}.self_attn.q_proj.weight"] /= 1000
+        weights[f"model.layers.{layer}.self_attn.k_scale"] = torch.tensor([1000.0])
+    save_file(weights, folder / "model.safetensors")
+    plain, _ = make_runner(folder)
+    expected = [list(greedy(reference, prompt, 1)) for prompt in prompts()]
+    assert generate_overlapped(Crowd(plain), 1) == expected
+    scaled, _ = make_runner(folder, kv_cache_dtype=torch.float8_e4m3fn)
+    assert scaled._caches[0].key_scale == 1000.0
+    found = generate_overlapped(Crowd(scaled), 1)
+    assert sum(one == other for one, other in zip(found, expected, strict=True)) >= 2
 
 
 @pytest.mark.slow

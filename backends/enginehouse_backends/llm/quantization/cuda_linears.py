@@ -70,6 +70,10 @@ class Fp8CudaLinear(LinearKernel):
         if weight.input_scale is not None:
             self._input_scale = torch.tensor([[weight.input_scale]], dtype=torch.float32, device=device)
         self.num_bytes = codes.nbytes + self._weight.scales.nbytes
+        self._torch_can = self._group == 0 and _torch_multiplies(device, dtype, codes)
+        self._column_scales = torch.empty(0)
+        if self._torch_can:
+            self._column_scales = self._weight.scales.expand(self.out_features, 1).T.contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._input_scale is None:
@@ -77,25 +81,27 @@ class Fp8CudaLinear(LinearKernel):
         else:
             scales = self._input_scale
             codes = (x.float() / scales).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-        if self._group == 0 and x.is_cuda and self._torch_can(x):
+        if self._torch_can:
             out = self._scaled_product(codes, scales)
         else:
             out = fp8_linear(codes, scales, self._weight, self._dtype)
         return out if self._bias is None else out + self._bias
 
-    def _torch_can(self, x: torch.Tensor) -> bool:
-        """cuBLAS wants multiples of 16; per-row scales on both sides need Hopper and 16-bit results."""
-        outputs, inputs = self._weight.weight.shape
-        return outputs % 16 == 0 and inputs % 16 == 0 and x.dtype == torch.bfloat16
-
     def _scaled_product(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         rows = codes.shape[0]
         row_scales = scales.expand(rows, 1).contiguous()
-        column_scales = self._weight.scales.expand(self.out_features, 1).T.contiguous()
         out: torch.Tensor = torch._scaled_mm(
-            codes, self._weight.weight.T, scale_a=row_scales, scale_b=column_scales, out_dtype=self._dtype
+            codes, self._weight.weight.T, scale_a=row_scales, scale_b=self._column_scales, out_dtype=self._dtype
         )
         return out
+
+
+def _torch_multiplies(device: torch.device, dtype: torch.dtype, codes: torch.Tensor) -> bool:
+    """Whether torch's own product takes scales for each row and column: on Hopper and later, with sizes that cuBLAS
+    and CUTLASS like."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0
 
 
 def multiprocessors(device: torch.device) -> int:

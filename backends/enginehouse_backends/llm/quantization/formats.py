@@ -216,6 +216,16 @@ def _read_fp8(checkpoint: Checkpoint, name: str, shape: Shape, settings: Mapping
     return Fp8Codes(weight, scales, None, input_scale)
 
 
+def read_kv_scales(checkpoint: Checkpoint, num_layers: int) -> list[tuple[float, float]]:
+    """Of keys and values in an FP8 cache, one pair a layer: what calibrated checkpoints say, else 1."""
+
+    def scale(layer: int, what: str) -> float:
+        name = f"model.layers.{layer}.self_attn.{what}_scale"
+        return float(checkpoint.tensor(name).float().max()) if name in checkpoint else 1.0
+
+    return [(scale(layer, "k"), scale(layer, "v")) for layer in range(num_layers)]
+
+
 _NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
