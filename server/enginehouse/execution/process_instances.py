@@ -142,7 +142,11 @@ class ProcessGenerative:
         if worker is None or not worker.alive:
             raise Unavailable(f"the engine of model '{self._instance.model.name}' is not running")
         self.generations.open(request.id, emit)
-        worker.channel.send(m.Generate(self._instance.instance_id, request))
+        try:
+            worker.channel.send(m.Generate(self._instance.instance_id, request))
+        except BaseException:  # no message can hold it: an integer of more than 64 bits
+            self.generations.forget(request.id)
+            raise
 
     def cancel(self, request_id: str) -> None:
         if self._instance.worker is not None and request_id in self.generations:

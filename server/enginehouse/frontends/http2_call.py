@@ -16,7 +16,7 @@ from enginehouse.frontends.grpc_call import GrpcCall, Method, Unary
 from enginehouse.frontends.grpc_call import Stream as StreamFunction
 from enginehouse.frontends.http2_frames import literal_header
 from enginehouse.frontends.http2_stream import Stream
-from enginehouse.frontends.pending import Pending
+from enginehouse.frontends.pending import Pending, close_with
 from enginehouse.frontends.wire_errors import as_wire_error, grpc_status
 
 DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAUTHENTICATED = 4, 8, 12, 13, 16
@@ -192,6 +192,7 @@ class Call:
             answer.then(self._finish_unary)
         else:
             self._task = self._start(self._run_unary(answer))
+            close_with(self._task, answer)
 
     async def _run_unary(self, answer: Awaitable[bytes]) -> None:
         try:

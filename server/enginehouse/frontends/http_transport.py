@@ -27,7 +27,7 @@ from enginehouse.frontends.http_message import (
     error_response,
 )
 from enginehouse.frontends.listening import Certificates, listen, port_of, socket_name
-from enginehouse.frontends.pending import Pending
+from enginehouse.frontends.pending import Pending, close_with
 
 Handle: TypeAlias = Callable[[HttpRequest], Awaitable[Reply]]
 RefuseLarge: TypeAlias = Callable[[Request, int], HttpResponse]
@@ -267,6 +267,7 @@ class _Connection(asyncio.BufferedProtocol):
             answer.then(self._finish)
         else:
             self.task = self._loop.create_task(self._serve(request, answer))
+            close_with(self.task, answer)
 
     def _finish(self, reply: HttpResponse | Exception) -> None:
         """Writes the answer to what `_answering` says."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -54,3 +54,9 @@ class Pending(Generic[T]):
         except asyncio.CancelledError:
             self.leave()
             raise
+
+
+def close_with(task: asyncio.Task[Any], inner: Awaitable[Any]) -> None:
+    """For a task that awaits a coroutine made before it: cancelled before its first step, it never would."""
+    if isinstance(inner, Coroutine):
+        task.add_done_callback(lambda _: inner.close())

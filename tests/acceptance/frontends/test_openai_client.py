@@ -29,7 +29,8 @@ GREEDY: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 0}
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     repository = tmp_path_factory.mktemp("models")
     save_model(repository / "tiny")
-    with ServerProcess([repository], ["--http-max-input-size=65536"]) as server:
+    flags = ["--http-max-input-size=65536", "--model-control-mode=explicit", "--load-model=tiny"]
+    with ServerProcess([repository], flags) as server:
         yield server
 
 
@@ -257,3 +258,13 @@ def flag_tensor(name: str, value: bool) -> grpcclient.InferInput:
     tensor = grpcclient.InferInput(name, [1], "BOOL")
     tensor.set_data_from_numpy(np.array([value]))
     return tensor
+
+
+def test_a_request_that_no_message_can_hold_is_not_waited_for(llm: ServerProcess, client: openai.OpenAI) -> None:
+    huge: list[Any] = [{"role": "user", "content": "Hello", "weight": 2**70}]
+    with pytest.raises(openai.BadRequestError, match="64"):
+        client.chat.completions.create(messages=huge, **GREEDY)
+    for action in ("unload", "load"):
+        url = f"http://{llm.http}/v2/repository/models/tiny/{action}"
+        with urllib.request.urlopen(urllib.request.Request(url, b"", method="POST"), timeout=20) as answer:
+            assert answer.status == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from enginehouse.errors import InvalidArgument
 from enginehouse.frontends.grpc_call import Method
 from enginehouse.frontends.http2_frames import Http2Code, rst_stream
 from enginehouse.frontends.http_message import HttpRequest, HttpResponse
-from enginehouse.frontends.pending import Pending
+from enginehouse.frontends.pending import Pending, close_with
 
 
 class Work(Pending[Any]):
@@ -158,3 +159,29 @@ async def test_a_deadline_leaves_the_work() -> None:
     await asyncio.wait_for(work.left.wait(), 1)
     _, fields = await wire.answer()
     assert fields["grpc-status"] == "4"
+
+
+async def test_a_task_cancelled_before_its_first_step_closes_what_it_would_have_awaited() -> None:
+    async def method() -> bytes:
+        return b"answer"
+
+    async def run() -> None:
+        await answer
+
+    answer = method()
+    task = asyncio.ensure_future(run())
+    close_with(task, answer)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert inspect.getcoroutinestate(answer) == inspect.CORO_CLOSED
+
+
+async def test_a_task_that_runs_gets_its_answer() -> None:
+    async def method() -> bytes:
+        return b"answer"
+
+    answer = method()
+    task = asyncio.ensure_future(answer)
+    close_with(task, answer)
+    assert await task == b"answer"
