@@ -35,6 +35,8 @@ NUM_TOKENS = 24 if ON_GPU else 4
 GREEDY = SamplingParameters(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 PROMPTS = ([5, 250, 17, 3], list(range(20, 61)), [9] * 11)
 GIB = 1 << 30
+USED_BEFORE = 0
+"""Of the GPU, before the crowd came: this process's own context is there already."""
 
 
 def greedy(reference: Any, prompt: list[int]) -> list[int]:
@@ -165,6 +167,9 @@ def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         warnings.simplefilter("ignore")  # tracing asks constants whether they are true
         jit.trace(encoder, torch.randn(2, 64, 256), check_trace=False).save(str(folder / "model.pt"))
     (repository / "encoder" / "config.pbtxt").write_text(_ENCODER.format(kind="KIND_GPU" if ON_GPU else "KIND_CPU"))
+    if ON_GPU:
+        global USED_BEFORE
+        USED_BEFORE = used_bytes()
     flags = [] if ON_GPU else ["--simulated-device=256MiB"]
     with ServerProcess([repository], flags, ready_timeout_s=240) as server:
         yield server
@@ -211,12 +216,15 @@ def test_two_llms_and_an_encoder_work_at_once_within_what_is_booked(crowd: Serve
     for name in LLMS:
         assert {kind for model, kind in ledger if model == name} == {"weights", "workspace", "kv"}
     if ON_GPU:
-        results["measured"] = measured = measured_bytes(crowd)
-        llms = sum(size for (model, _), size in ledger.items() if model in LLMS)
-        engine = max(measured.values())
-        # KV and weights are exact; the workspace is a bound, and CUDA's own context lies beside it
-        assert 0.75 * llms < engine < 1.05 * llms + GIB, results
+        results |= {"by_process": measured_bytes(crowd), "device": used_bytes() - USED_BEFORE}
     write_result("llm_memory.json", results)
+    if ON_GPU:
+        llms = sum(size for (model, _), size in ledger.items() if model in LLMS)
+        # KV and weights are exact; the workspace is a bound, and CUDA's own contexts and the encoder lie beside it
+        assert 0.75 * llms < results["device"] < 1.05 * llms + 3 * GIB, results
+        # in a container the driver may not tell whose memory it is
+        if results["by_process"]:
+            assert 0.75 * llms < max(results["by_process"].values()) < 1.05 * llms + GIB, results
 
 
 def encode(server: ServerProcess, random: np.random.Generator) -> None:
@@ -235,6 +243,14 @@ def measured_bytes(server: ServerProcess) -> dict[int, int]:
     family = {child.pid for child in psutil.Process(server.pid).children(recursive=True)}
     running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     return {one.pid: one.usedGpuMemory or 0 for one in running if one.pid in family}
+
+
+def used_bytes() -> int:
+    """Of the whole GPU."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
 
 
 def write_result(name: str, found: Any) -> None:

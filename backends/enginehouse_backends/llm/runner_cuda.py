@@ -214,8 +214,8 @@ class CudaRunner(Runner):
         staging = self._stagings[0]
         fill_step(layout, staging.words.numpy(), step, token_sources(step, self._previous_rows), [], tiles)
         self._send(layout, staging, step)
-        self._runtime.synchronize()
         query = torch.randn(tokens, self._num_heads * shape.head_dim, device=device).to(settings.dtype)
+        self._runtime.synchronize()  # what was made here was made on another stream
         ids = self._view(layout, "tokens")
         last = int(np.diff(step.query_starts).max())
 

@@ -13,7 +13,6 @@ import torch
 
 from enginehouse.types import SamplingParameters
 from enginehouse_backends.llm.checkpoint import Checkpoint
-from enginehouse_backends.llm.kernels import interpreting
 from enginehouse_backends.llm.quantization.formats import read_quantized
 from enginehouse_backends.llm.quantization.linears import Place, make_linear
 from tests.acceptance.llm.quantized_checkpoints import FORMATS, Written, save
@@ -25,6 +24,8 @@ DEVICE = os.environ.get("ENGINEHOUSE_TEST_DEVICE", "simulated:0")
 ON_GPU = DEVICE.startswith("cuda")
 TORCH_DEVICE = torch.device(DEVICE if ON_GPU else "cpu")
 if not ON_GPU:
+    from enginehouse_backends.llm.kernels import interpreting
+
     interpreting.install()
 SERVED = ("awq", "gptq reordered", "compressed-tensors with zeros", "bitsandbytes nf4", "fp8 by block")
 
