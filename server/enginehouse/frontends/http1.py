@@ -11,12 +11,15 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from enginehouse.frontends.http_message import HttpRequest
 
 MAX_HEAD_BYTES = 65536
 MAX_HEADERS = 256
 MAX_CHUNKS = 65536
 _MAX_CHUNK_LINE = 4096
+_CLEARED_BYTES = 65536
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~\x80-\xff]+) HTTP/1\.([01])")
 _HEADER_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*?)[ \t]*")
@@ -193,7 +196,7 @@ class Parser:
         self._request: Request | None = None
         """The one whose body is being received."""
         self._chunks: _ChunkedBody | None = None
-        self._body = bytearray()
+        self._body: bytearray | memoryview = bytearray()
         self._num_received = 0
         self.wants_continue = False
         """A client waits for `100 Continue` before it sends its body; whoever sends it resets this."""
@@ -285,7 +288,7 @@ class Parser:
             return
         request.body_bytes = length
         request.too_large = self._over_limit(length)
-        self._body = bytearray(0 if request.too_large else length)
+        self._body = bytearray() if request.too_large else _room(length)
 
     def _take_chunks(self) -> None:
         assert self._request is not None
@@ -304,6 +307,11 @@ class Parser:
         self._request, self._chunks, self._body = None, None, bytearray()
         self.wants_continue = False
         return request
+
+
+def _room(num_bytes: int) -> bytearray | memoryview:
+    """Long ones aren't cleared: what is announced may never come, and memory that is not written costs nothing."""
+    return bytearray(num_bytes) if num_bytes <= _CLEARED_BYTES else np.empty(num_bytes, np.uint8).data
 
 
 def _refuse_early(data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,6 +94,15 @@ def test_a_body_over_the_limit_is_thrown_away_and_counted(framing: str) -> None:
     [first, second] = parser.feed(data + b"GET /b HTTP/1.1\r\n\r\n")
     assert (first.too_large, first.body_bytes, bytes(first.body)) == (True, 30, b"")
     assert second.path == "/b"
+
+
+def test_a_body_that_is_only_announced_takes_no_memory() -> None:
+    before = psutil.Process().memory_info().rss
+    parsers = [Parser() for _ in range(4)]
+    for parser in parsers:
+        parser.feed(b"POST /a HTTP/1.1\r\nContent-Length: %d\r\n\r\nab" % (256 << 20))
+        assert parser.body_space() is not None
+    assert psutil.Process().memory_info().rss - before < 64 << 20
 
 
 def test_the_rest_of_a_long_body_may_be_written_in_place() -> None:
