@@ -29,6 +29,9 @@ METADATA = (
 _ANSWER_S = 20.0
 _LOST = re.compile(r"[Ss]ocket|[Cc]onnection|GOAWAY|RST_STREAM|Stream removed|refused|Transport")
 
+_WROTE_TOO_LATE = "Locally cancelled by application!"
+"""What grpc.aio's client makes of a message that it still writes while the status of its stream comes in."""
+
 
 class GrpcAttack:
     """`run` makes so many calls, so many at a time."""
@@ -100,8 +103,8 @@ class GrpcAttack:
                 self._look(messages, await call)
             self._report.answers["grpc OK"] += 1
         except asyncio.CancelledError:  # what grpc.aio makes of the status CANCELLED, whoever said it
-            if not leaves:
-                details = await call.details() if call.done() else ""
+            details = await call.details() if call.done() else ""
+            if not leaves and details != _WROTE_TOO_LATE:
                 self._report.find("cancelled, though the client stayed", b" | ".join(messages), details)
             self._report.abandoned += 1
         except grpc.RpcError as error:
