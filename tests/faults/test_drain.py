@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
 import signal
 import threading
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 import tritonclient.http as http
+from grpc import insecure_channel as grpc_channel
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from enginehouse.testing.server import ServerProcess
@@ -136,3 +139,26 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, "it never came true"
         time.sleep(0.01)
+
+
+def test_streams_that_clients_leave_open_do_not_hold_up_the_exit(repository: Path) -> None:
+    answers: queue.SimpleQueue[tuple[object, InferenceServerException | None]] = queue.SimpleQueue()
+    with (
+        ServerProcess([repository], ["--exit-timeout-secs=30"]) as server,
+        grpc_channel(server.grpc) as channel,
+        grpc.InferenceServerClient(server.grpc) as client,
+    ):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        tensor = grpc.InferInput("SECONDS", [1], "FP32")
+        tensor.set_data_from_numpy(np.array([0.0], np.float32))
+        client.async_stream_infer("slow", [tensor])
+        assert answers.get(timeout=20)[1] is None
+        began_s = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - began_s < 15
+        _, error = answers.get(timeout=5)
+        assert error is not None
+        assert "Server is stopping" in str(error)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING

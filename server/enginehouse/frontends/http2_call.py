@@ -19,7 +19,7 @@ from enginehouse.frontends.http2_stream import Stream
 from enginehouse.frontends.pending import Pending, close_with
 from enginehouse.frontends.wire_errors import as_wire_error, grpc_status
 
-DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAUTHENTICATED = 4, 8, 12, 13, 16
+DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE, UNAUTHENTICATED = 4, 8, 12, 13, 14, 16
 MAX_MESSAGE_BYTES = 2**31 - 1
 """What protobuf can parse, and grpcio's bound where none is set."""
 _RESPONSE_HEADERS = (
@@ -43,7 +43,7 @@ class Call:
     """One call: messages in, messages out, a status at the end. An http2_stream.StreamHandler."""
 
     __slots__ = (
-        "_decompress", "_ended", "_expiry", "_flag", "_has_begun", "_held_bytes", "_messages", "_method",
+        "_decompress", "_ended", "_expiry", "_flag", "_has_begun", "_held_bytes", "_is_stopped", "_messages", "_method",
         "_num_missing", "_parts", "_pending", "_prefix", "_reader", "_sent_headers", "_start", "_stream", "_task",
         "closed", "grpc", "gzip_level",
     )  # fmt: skip
@@ -62,6 +62,7 @@ class Call:
         self._messages: deque[bytes] = deque()
         self._held_bytes = 0
         self._ended = False
+        self._is_stopped = False
         self._reader: asyncio.Future[None] | None = None
         self._method: Method | None = None
         self._has_begun = False
@@ -169,6 +170,11 @@ class Call:
         self._close()
         self._give_up()
 
+    def on_stop(self) -> None:
+        """A stream that its client leaves open ends after the answers to what was read."""
+        self._is_stopped = True
+        self._wake()
+
     def _give_up(self) -> None:
         """Nobody waits for what the method is doing."""
         if self._task is not None:
@@ -216,12 +222,14 @@ class Call:
         except Exception as error:
             self._end_with(error)
             return
-        if not self.closed:
-            self._end(_OK_TRAILERS)
+        if self.closed:
+            return
+        is_cut = self._is_stopped and not self._ended
+        self._end(_trailers(UNAVAILABLE, "Server is stopping") if is_cut else _OK_TRAILERS)
 
     async def _read(self) -> bytes | None:
         while not self._messages:
-            if self._ended or self.closed:
+            if self._ended or self.closed or self._is_stopped:
                 return None
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader

@@ -168,6 +168,9 @@ class Http2Connection(asyncio.Protocol):
         if not self.stopping and not self.closed:
             self.stopping = True
             self.send(h2.goaway(self._last_stream_id, Http2Code.NO_ERROR))
+            for stream in list(self.streams.values()):
+                if stream.handler is not None:
+                    stream.handler.on_stop()
             if not self.streams:
                 self._close()
 

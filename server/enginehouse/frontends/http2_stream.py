@@ -44,6 +44,10 @@ class StreamHandler(Protocol):
         """The client, or the connection, gave the stream up."""
         ...
 
+    def on_stop(self) -> None:
+        """The server stops: nothing new is begun, what was begun ends."""
+        ...
+
 
 class Stream:
     """The server's end of one stream: what is still to be sent, and how much may be."""

@@ -40,10 +40,13 @@ class HealthMethods:
         service = parse(health_pb2.HealthCheckRequest, await read() or b"").service
         said = b""
         while True:
+            is_last = self._core.stopping
             status = self._status(service)
             if status != said:
                 said = status
                 await write(status)
+            if is_last:
+                return
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
     def _status(self, service: str) -> bytes:
