@@ -160,6 +160,9 @@ class LlmInstance(GenerativeInstance):
         placement: Placement,
     ) -> None:
         self._name = context.name
+        self._tokenizer, self._pooling = tokenizer, settings.pooling
+        self._eos = frozenset(_eos_token_ids(architecture, tokenizer))
+        chat = None if tokenizer is None else ChatTemplate(tokenizer, settings.tokenizer_folder, settings.chat_template)
         devices = _devices_of_ranks(placement, settings.tensor_parallel_size)
         self._group = _GROUPS.enter(f"{settings.engine_group} {' '.join(devices)}", devices)
         try:
@@ -167,9 +170,6 @@ class LlmInstance(GenerativeInstance):
         except BaseException:
             _GROUPS.leave(self._group)
             raise
-        self._tokenizer, self._pooling = tokenizer, settings.pooling
-        self._eos = frozenset(_eos_token_ids(architecture, tokenizer))
-        chat = None if tokenizer is None else ChatTemplate(tokenizer, settings.tokenizer_folder, settings.chat_template)
         limits = PromptLimits(architecture.vocab_size, plan.max_model_len, self._eos)
         self._preparer = Preparer(context.name, limits, tokenizer, chat)
         self._emit: Callable[[Sequence[TokenEvent]], None] = lambda events: None
@@ -220,11 +220,14 @@ class LlmInstance(GenerativeInstance):
             return make_runner(runtime, architecture, checkpoint, plan, progress.add)
         key = f"{self._name}#{next(_NUMBERS)}"
         others = load_on_ranks(ranks, key, settings, plan)
+        runner: Runner | None = None
         try:
             runner = make_runner(runtime, architecture, checkpoint, plan, progress.add, ranks.group)
             for loaded in others:
                 loaded.result()
         except BaseException:
+            if runner is not None:
+                runner.close()
             ranks.tell(Order("close", key))
             raise
         return ParallelRunner(ranks, key, runner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from enginehouse.errors import InvalidArgument
 from enginehouse.types import SamplingParameters
+from enginehouse_backends.llm.backend import _GROUPS
 from tests.acceptance.llm.serving import Serving
-from tests.acceptance.llm.small_models import CONFIGS, VOCAB, make_reference, save_reference
+from tests.acceptance.llm.small_models import CONFIGS, VOCAB, make_reference, save_reference, save_tokenizer
 
 PAGE_BYTES = 4 << 20
 NUM_PAGES_EACH = 3
@@ -143,3 +146,15 @@ def test_a_leaving_model_gives_its_pages_to_the_others(folders: dict[str, Path])
         assert llama.result(request_id).token_ids == expected("llama", prompt)
     llama.check()
     llama.close()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_engine_behind(folders: dict[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folders["llama"], broken)
+    save_tokenizer(broken)
+    with pytest.raises(InvalidArgument, match=r"there is no file 'missing\.jinja'"):
+        Serving(broken, "llama", kv_bytes=PAGE_BYTES, chat_template="missing.jinja", engine_group="lonely")
+    serving = Serving(folders["llama"], "llama", kv_bytes=PAGE_BYTES, engine_group="lonely")
+    assert serving.instance.engine._llms.keys() == {serving.instance.llm.name}
+    serving.close()
+    assert not any(key.startswith("lonely") for key in _GROUPS._groups)

@@ -64,6 +64,12 @@ def server(repository: Path, expected: dict[str, list[int]]) -> Iterator[ServerP
         yield running
 
 
+def memory_lines(server: ServerProcess) -> list[str]:
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return [line for line in lines if line.startswith("enginehouse_memory_bytes{")]
+
+
 def complete(server: ServerProcess, model: str, **fields: Any) -> Any:
     client = openai.OpenAI(base_url=f"http://{server.http}/v1", api_key="none", max_retries=0, timeout=200)
     fields = {"max_tokens": NUM_TOKENS, "temperature": 0, **fields}
@@ -128,9 +134,24 @@ def test_memory_that_models_share_grows_and_shrinks_while_one_of_them_generates(
     first.close()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_gpus_share_an_llm_and_its_memory(tmp_path: Path) -> None:
+    reference = save_reference("llama", tmp_path / "llama")
+    save_tokenizer(tmp_path / "llama")
+    config = 'backend: "llm" serving { llm { tensor_parallel_size: 2 max_model_len: 64 max_num_seqs: 4 } }'
+    (tmp_path / "llama" / "config.pbtxt").write_text(config)
+    with ServerProcess([tmp_path], ["--simulated-device=256MiB", "--simulated-device=256MiB"]) as server:
+        found = complete(server, "llama").choices[0].token_ids
+        lines = memory_lines(server)
+    assert found == greedy(reference, PROMPTS["llama"])
+    kv = [line.rpartition(" ")[2] for line in lines if 'kind="kv"' in line]
+    assert len(kv) == 2, "one share on each"
+    assert kv[0] == kv[1]
+
+
 def test_the_ledger_has_what_each_model_holds_of_the_gpu(server: ServerProcess) -> None:
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
-        lines = [line for line in answer.read().decode().splitlines() if line.startswith("enginehouse_memory_bytes{")]
+    lines = memory_lines(server)
     for model in PROMPTS:
         kinds = [line for line in lines if f'model="{model}"' in line and 'device="simulated:0"' in line]
         assert len(kinds) == 3, "weights, workspace and kv"
