@@ -330,7 +330,8 @@ class _StepAnswers:
     def __init__(self, run: EnsembleRun, step: Step, path: Path, leave: Callable[[], None]) -> None:
         """`leave` gives the request's place at the gate back: when all that its answers lead to is under way."""
         self.step = step
-        self.request = run.request
+        self.request = InferRequest(step.model_name)
+        """The step's; this one stays if none can be made, because its model has gone."""
         self._place = Hold(leave)
         self._run = run
         self._path = path

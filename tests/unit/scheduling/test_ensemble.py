@@ -11,6 +11,7 @@ import pytest
 from enginehouse.config.schema import ModelConfig
 from enginehouse.errors import Cancelled, EnginehouseError, InvalidArgument, NotFound, Unavailable
 from enginehouse.scheduling.build import build_scheduler
+from enginehouse.scheduling.ensemble_handover import HandsOver
 from enginehouse.testing.clock import ManualClock
 from enginehouse.types import Array, InferRequest, InferResponse, ParameterValue, Tensor
 
@@ -58,7 +59,7 @@ def tensor(name: str, array: Array) -> Tensor:
 class SmallCore:
     """Runs members one request at a time, in the order that a test lets them."""
 
-    def __init__(self, config: ModelConfig, *members: str) -> None:
+    def __init__(self, config: ModelConfig, *members: str, hands_over: HandsOver | None = None) -> None:
         self.clock = ManualClock()
         self.observer = Observer()
         self.configs = {parsed.name: parsed for parsed in map(config_of, members)}
@@ -66,7 +67,14 @@ class SmallCore:
         self.waiting: list[InferRequest] = []
         self.cancelled: list[InferRequest] = []
         self.scheduler = build_scheduler(
-            config, 1, [], self.observer, self.submit, lookup=self.lookup, clock=self.clock
+            config,
+            1,
+            [],
+            self.observer,
+            self.submit,
+            lookup=self.lookup,
+            clock=self.clock,
+            hands_over=hands_over,
         )
 
     def lookup(self, name: str, version: str) -> ModelConfig:
@@ -332,3 +340,14 @@ def test_close_fails_what_runs() -> None:
     assert isinstance(answers.responses[0].error, Unavailable)
     with pytest.raises(EnginehouseError, match="stopped accepting"):
         core.send(IN=[[1]])
+
+
+@pytest.mark.parametrize("hands_over", [None, lambda giver, taker: False], ids=["through the server", "where it is"])
+def test_a_step_whose_model_has_gone_meanwhile_ends_the_request_with_its_error(hands_over: HandsOver | None) -> None:
+    core = SmallCore(CHAIN, DOUBLE, hands_over=hands_over)
+    answers = core.send(IN=[[1]])
+    del core.configs["double"]
+    core.run_all()
+    [response] = answers.responses
+    assert isinstance(response.error, NotFound)
+    assert core.scheduler.num_in_flight == 0
