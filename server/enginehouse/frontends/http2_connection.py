@@ -163,16 +163,20 @@ class Http2Connection(asyncio.Protocol):
     def ping(self) -> None:
         self.send(h2.frame(FrameType.PING, 0, 0, b"alive?\0\0"))
 
-    def stop(self) -> None:
+    def retire(self) -> None:
         """Takes no new streams; closes when those that are open have ended."""
         if not self.stopping and not self.closed:
             self.stopping = True
             self.send(h2.goaway(self._last_stream_id, Http2Code.NO_ERROR))
-            for stream in list(self.streams.values()):
-                if stream.handler is not None:
-                    stream.handler.on_stop()
             if not self.streams:
                 self._close()
+
+    def stop(self) -> None:
+        """The server stops: as `retire`, and streams that clients would leave open end, too."""
+        self.retire()
+        for stream in list(self.streams.values()):
+            if stream.handler is not None:
+                stream.handler.on_stop()
 
     def abort(self) -> None:
         if self._transport is not None and not self.closed:

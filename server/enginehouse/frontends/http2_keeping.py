@@ -55,7 +55,7 @@ class Kept(Protocol):
     @property
     def has_calls(self) -> bool: ...
     def ping(self) -> None: ...
-    def stop(self) -> None:
+    def retire(self) -> None:
         """Takes no new calls; closes when those that are open have ended."""
         ...
 
@@ -134,6 +134,6 @@ class Keeper:
             self._look()
 
     def _retire(self) -> None:
-        self._connection.stop()
+        self._connection.retire()
         if self._rules.max_age_grace_s > 0:
             self._timers["age"] = self._loop.call_later(self._rules.max_age_grace_s, self._connection.abort)

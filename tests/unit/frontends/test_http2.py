@@ -306,3 +306,30 @@ async def test_a_stream_reads_and_writes_as_it_likes() -> None:
     answered, fields = await wire.answer()
     assert answered == message(b"b") * 2 + message(b"c") * 2
     assert fields == {"grpc-status": "0"}
+
+
+async def double(read: Any, write: Any, call: GrpcCall) -> None:
+    while (text := await read()) is not None:
+        await write(text * 2)
+
+
+@pytest.mark.asyncio
+async def test_a_connection_that_is_too_old_leaves_its_streams_to_their_clients() -> None:
+    wire = Wire(stream_of(double))
+    wire.send(headers("/stream"))
+    wire.connection.retire()
+    wire.send(data(message(b"a"), flags=0))
+    assert (await wire.answer())[0] == message(b"a" * 2)
+    wire.send(data(b""))
+    assert (await wire.answer())[1] == {"grpc-status": "0"}
+    assert wire.is_closed
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_stops_ends_streams_on_connections_that_were_too_old_already() -> None:
+    wire = Wire(stream_of(double))
+    wire.send(headers("/stream"))
+    wire.connection.retire()
+    wire.connection.stop()
+    assert (await wire.answer())[1]["grpc-status"] == "14"
+    assert wire.is_closed

@@ -62,8 +62,8 @@ class Connection:
         if self.acknowledges:
             self.loop.call_later(0.1, self.hear)
 
-    def stop(self) -> None:
-        self.done.append("stop")
+    def retire(self) -> None:
+        self.done.append("retire")
 
     def abort(self) -> None:
         self.done.append("abort")
@@ -144,9 +144,9 @@ def test_an_old_connection_takes_no_new_calls_and_then_ends() -> None:
     connection.loop.pass_s(53)
     assert connection.done == []
     connection.loop.pass_s(14)
-    assert connection.done[0] == "stop"
+    assert connection.done[0] == "retire"
     connection.loop.pass_s(5)
-    assert connection.done == ["stop", "abort"]
+    assert connection.done == ["retire", "abort"]
 
 
 def test_nothing_is_left_of_a_connection_that_has_closed() -> None:
