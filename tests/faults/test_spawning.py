@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from enginehouse.execution import spawning
 from enginehouse.execution.spawning import Child, Launch, Spawner
 
 
@@ -71,6 +72,18 @@ async def test_a_dead_nursery_is_done_without(spawner: Spawner) -> None:
     second, second_channel = await spawner.spawn(Launch(), ["solo"])
     assert psutil.Process(first.pid).is_running()
     assert end(first, first_channel) == end(second, second_channel) == "exited with status 0"
+
+
+@pytest.mark.asyncio
+async def test_a_nursery_that_does_not_start_in_time_is_done_without(
+    spawner: Spawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spawning, "NURSERY_TIMEOUT_S", 0.0)
+    for _ in range(2):
+        await spawner.prepare(Launch())
+        child, channel = await spawner.spawn(Launch(), ["solo"])
+        assert psutil.Process().children() == [psutil.Process(child.pid)]
+        assert end(child, channel) == "exited with status 0"
 
 
 @pytest.mark.asyncio

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -160,16 +161,18 @@ class Spawner:
         """Without a nursery workers start all the same, only slower."""
         nursery, ours = self._launch_nursery()
         self._nursery = nursery
+        greeting = b""
         try:
-            async with asyncio.timeout(NURSERY_TIMEOUT_S):
-                greeting = await asyncio.get_running_loop().sock_recv(ours, len(READY))
-        except BaseException:
-            ours.close()
-            nursery.kill()
-            raise
+            with suppress(OSError):  # too late is one, too
+                async with asyncio.timeout(NURSERY_TIMEOUT_S):
+                    greeting = await asyncio.get_running_loop().sock_recv(ours, len(READY))
+        finally:
+            if greeting != READY:
+                ours.close()
+                nursery.kill()
         if greeting != READY:
-            ours.close()
             _logger.warning("the nursery of workers does not start: each worker is a fresh interpreter")
+            nursery.wait()
             return
         self._to_nursery = ours
 
