@@ -247,6 +247,7 @@ async def test_a_client_that_does_not_read_loses_its_answer(router: Router, engi
         ({"n": 0}, "n: 0 is not between 1 and 128"),
         ({"n": 3, "best_of": 5}, "best_of: "),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens: 9 is more than max_tokens, 3"),
+        ({"prompt": ["hi"] * 9, "n": 128}, "n: 128 choices for each of 9 prompts are more than 1024"),
         ({"stop": [""]}, "stop: an empty string"),
         ({"logit_bias": {"x": 1}}, "logit_bias: 'x' is no token id"),
         ({"logprobs": 21}, "logprobs: 21 is not between 0 and 20"),

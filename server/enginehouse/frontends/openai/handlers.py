@@ -23,7 +23,8 @@ from enginehouse.frontends.tenants import TenantHeader
 from enginehouse.options import ServerOptions
 from enginehouse.types import ChatPrompt, GenerateRequest, SamplingParameters
 
-MAX_PROMPTS = 1024
+MAX_SEQUENCES = 1024
+"""Prompts times choices of one request."""
 _numbers = itertools.count()
 _run_id = secrets.token_hex(6)
 
@@ -106,8 +107,8 @@ def prompts_of(given: str | list[Any] | None, field: str = "prompt") -> list[str
         raise BadField(field, "is empty")
     if isinstance(given[0], int):
         return [_token_ids(given, field)]
-    if len(given) > MAX_PROMPTS:
-        raise BadField(field, f"{len(given)} prompts are more than {MAX_PROMPTS}")
+    if len(given) > MAX_SEQUENCES:
+        raise BadField(field, f"{len(given)} prompts are more than {MAX_SEQUENCES}")
     return [each if isinstance(each, str) else _token_ids(each, field) for each in given]
 
 
@@ -147,6 +148,8 @@ def _answer(
         raise BadField("stream_options", "needs stream: true")
     options = body.stream_options
     n = num_choices(body)
+    if num_prompts * n > MAX_SEQUENCES:
+        raise BadField("n", f"{n} choices for each of {num_prompts} prompts are more than {MAX_SEQUENCES}")
     given = body.request_id or http.headers.get("x-request-id")
     return Answer(
         id=prefix + (given or f"{_run_id}{next(_numbers):08x}"),
@@ -171,12 +174,13 @@ def _requests(
 ) -> list[GenerateRequest]:
     # Clients may repeat their ids; the engine's must be unique.
     engine_id = f"{answer.id}-{next(_numbers):x}"
+    num_choices_each = len(answer.prompts) // len(prompts)
     return [
         GenerateRequest(
             model_name=answer.model,
             id=f"{engine_id}-{index}",
             prompt=prompts[prompt],
-            sampling=_seeded(sampling, index - answer.prompts.index(prompt)),
+            sampling=_seeded(sampling, index % num_choices_each),
             stream=bool(body.stream),
             return_prompt=answer.echo or answer.return_token_ids or answer.return_prompt_text,
             truncate_prompt_tokens=body.truncate_prompt_tokens,
