@@ -173,6 +173,26 @@ async def test_a_stream_adds_up_to_the_whole_answer(router: Router) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_stream_that_is_over_before_it_begins_has_all_its_choices(router: Router) -> None:
+    document = {"model": "letters", "prompt": ["a", "b"], "n": 2, "max_tokens": 1}
+    chunks = await stream(router, "/v1/completions", document)
+    finished = [choice["index"] for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
+    assert finished == [0, 1, 2, 3]
+
+
+@pytest.mark.asyncio
+async def test_a_stream_that_failed_before_it_begins_says_nothing_more(router: Router) -> None:
+    document = {"model": "letters", "prompt": ["a", "b" * 101, "c"], "max_tokens": 1, "stream": True}
+    reply = await ask(router, "/v1/completions", document)
+    assert isinstance(reply, HttpPush)
+    listener = Listener()
+    reply.begin(listener)
+    assert listener.sent.endswith(b"data: [DONE]\n\n")
+    assert listener.sent.count(b"[DONE]") == 1
+    assert b"too long" in listener.sent
+
+
+@pytest.mark.asyncio
 async def test_a_chat_stream_says_first_who_speaks(router: Router) -> None:
     fields = {"messages": [{"role": "user", "content": "yo"}], "max_tokens": 2, "return_token_ids": True}
     chunks = await stream(router, "/v1/chat/completions", fields)

@@ -120,6 +120,8 @@ class TokenStream:
         self._writer = ChunkWriter(answer)
         self._generation = Generation(core, requests, self._on_event)
         self._early: list[tuple[int, TokenEvent]] = []
+        self._num_unfinished = len(requests)
+        """Sequences whose end is not sent; 0 once nothing more may be."""
         self._channel: Channel | None = None
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -152,12 +154,15 @@ class TokenStream:
             self._started.set_result(None)
 
     def _send(self, channel: Channel, index: int, event: TokenEvent) -> None:
+        if not self._num_unfinished:
+            return
         if event.error is not None:
             self._fail(channel, event.error)
             return
         channel.send(self._writer.chunks(index, event))
         if event.finish_reason is not None:
-            if not self._generation.num_open:
+            self._num_unfinished -= 1
+            if not self._num_unfinished:
                 channel.send(self._writer.end())
                 channel.close()
         elif channel.num_waiting_bytes > MAX_WAITING_BYTES:
@@ -165,5 +170,6 @@ class TokenStream:
 
     def _fail(self, channel: Channel, error: EnginehouseError) -> None:
         self._generation.cancel()
+        self._num_unfinished = 0
         channel.send(_event(error_document(error)) + DONE)
         channel.close()
