@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from enginehouse.errors import EnginehouseError
+from enginehouse.errors import EnginehouseError, Internal
 from enginehouse.types import TokenEvent
 
 logger = logging.getLogger("enginehouse.execution")
@@ -44,10 +44,9 @@ class Generations:
                 continue
             if event.finish_reason is not None or event.error is not None:
                 self.forget(event.request_id)
-            try:
-                emit(event)
-            except Exception:  # of one client's: the events of the others in this message are not to be lost
-                logger.exception("an event of generation '%s' could not be handed on", event.request_id)
+            if not _takes(emit, event):
+                # of one client's: the events of the others in this message are not to be lost
+                _takes(emit, TokenEvent(event.request_id, error=Internal("what was generated can't be told")))
                 self.forget(event.request_id)
 
     def fail_all(self, error: EnginehouseError) -> None:
@@ -57,3 +56,12 @@ class Generations:
     async def ended(self) -> None:
         """Returns when none is open."""
         await self._none_open.wait()
+
+
+def _takes(emit: Emit, event: TokenEvent) -> bool:
+    try:
+        emit(event)
+    except Exception:
+        logger.exception("an event of generation '%s' could not be handed on", event.request_id)
+        return False
+    return True
