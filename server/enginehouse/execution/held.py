@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from enginehouse.errors import EnginehouseError, FailureReason, Internal, Unavailable
 from enginehouse.execution import messages as m
+from enginehouse.execution.open_calls import NoAnswer
 from enginehouse.execution.refs import datatype_of, tensor_of
 from enginehouse.types import DeviceData, InferRequest, Tensor
 
@@ -88,6 +89,8 @@ class HeldTensors:
         self.num_fetched += 1
         try:
             block = await self._worker.call(lambda call_id: m.Fetch(call_id, data.piece))
+            if not self._worker.alive:  # it answered and ended before we came to read
+                raise NoAnswer(f"{self._worker.what} has ended")
             return self._worker.incoming.open(block, data.nbytes)
         except EnginehouseError as problem:
             raise Unavailable(
