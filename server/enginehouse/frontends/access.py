@@ -1,6 +1,6 @@
 """Who may ask: clients with an API key, and pages of other origins. Stands before the routes; off by default.
 
-Keys are asked for on every path but those of health. They are compared in constant time and never logged.
+Keys are asked for on every path but those of health, and on every port but that of the metrics. They are compared in constant time and never logged.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Keys:
         return scheme.lower() == "bearer" and any(matches)
 
 
-def guarded(handle: Handle, options: ServerOptions) -> Handle:
-    """`handle` behind what the options ask for; itself where they ask for nothing."""
+def guarded(handle: Handle, options: ServerOptions, health_path: str = "") -> Handle:
+    """`handle` behind what the options ask for; itself where they ask for nothing. `health_path`: one more of those."""
     keys, origins = Keys(options.api_key), frozenset(options.cors_allowed_origin)
     if keys:
-        handle = _with_keys(handle, keys)
+        handle = _with_keys(handle, keys, health_path)
     return _with_origins(handle, origins) if origins else handle
 
 
-def _with_keys(handle: Handle, keys: Keys) -> Handle:
+def _with_keys(handle: Handle, keys: Keys, health_path: str) -> Handle:
     async def refuse(http: HttpRequest) -> Reply:
         body = error_body(MISSING_KEY)
         if http.path.startswith("/v1/"):
@@ -59,7 +59,8 @@ def _with_keys(handle: Handle, keys: Keys) -> Handle:
         return HttpResponse(401, JSON, (body,), (("WWW-Authenticate", "Bearer"),))
 
     def ask(http: HttpRequest) -> Awaitable[Reply]:
-        if keys.admit(http.headers.get("authorization")) or _OPEN_PATHS.fullmatch(http.path):
+        is_open = http.path == health_path or _OPEN_PATHS.fullmatch(http.path)
+        if is_open or keys.admit(http.headers.get("authorization")):
             return handle(http)
         return refuse(http)
 

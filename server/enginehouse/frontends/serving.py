@@ -107,7 +107,7 @@ def serve_sagemaker(core: Core, options: ServerOptions, regions: Regions) -> Fro
     }
     router = Router(SageMaker(core, handlers).routes(), RestrictedApis(options.http_restricted_api))
     return HttpServer(
-        router.handle,
+        guarded(router.handle, options),
         "SageMaker",
         options.http_address,
         options.sagemaker_port,
@@ -118,8 +118,9 @@ def serve_sagemaker(core: Core, options: ServerOptions, regions: Regions) -> Fro
 def serve_vertex_ai(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd:
     routes = [*v2_routes(core, options, regions), metrics_route(core)]
     router = Router(routes, RestrictedApis(options.http_restricted_api))
+    vertex_ai = VertexAI(core, router, options.vertex_ai_default_model)
     return HttpServer(
-        VertexAI(core, router, options.vertex_ai_default_model).handle,
+        guarded(vertex_ai.handle, options, vertex_ai.health_route),
         "Vertex AI",
         options.http_address,
         options.vertex_ai_port,

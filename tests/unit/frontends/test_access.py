@@ -9,6 +9,8 @@ import pytest
 
 from enginehouse.frontends.access import guarded
 from enginehouse.frontends.http_message import HttpRequest, Reply
+from enginehouse.frontends.http_transport import HttpServer
+from enginehouse.frontends.serving import make_regions, serve_sagemaker, serve_vertex_ai
 from enginehouse.options import ServerOptions
 
 from .little_server import Headers, LittleServer, echo, joined, little_server
@@ -69,3 +71,20 @@ async def test_pages_of_allowed_origins_may_ask(
     assert (("Access-Control-Allow-Origin", PAGE) in reply.headers) == is_let_in
     if is_let_in:
         assert ("Access-Control-Allow-Headers", "authorization") in before.headers
+
+
+@pytest.mark.asyncio
+async def test_the_clouds_ports_ask_for_a_key_as_well(server: LittleServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIP_PREDICT_ROUTE", "/predict")
+    monkeypatch.setenv("AIP_HEALTH_ROUTE", "/alive")
+    options, regions = ServerOptions(api_key=("one",)), make_regions(ServerOptions())
+    asked = {
+        serve_sagemaker: (("GET", "/ping", 200), ("POST", "/invocations", 401), ("GET", "/models", 401)),
+        serve_vertex_ai: (("GET", "/alive", 200), ("POST", "/predict", 401)),
+    }
+    for serve, expected in asked.items():
+        front_end = serve(server.core, options, regions)
+        assert isinstance(front_end, HttpServer)
+        for method, path, status in expected:
+            reply = await front_end.handle(HttpRequest(method, path, "", Headers({}), BODY))
+            assert (path, reply.status) == (path, status)

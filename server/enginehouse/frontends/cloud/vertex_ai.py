@@ -26,16 +26,16 @@ class VertexAI:
         self._v2 = v2
         self._default_model = default_model
         self._predict_route = environment.get("AIP_PREDICT_ROUTE", "")
-        self._health_route = environment.get("AIP_HEALTH_ROUTE", "")
+        self.health_route = environment.get("AIP_HEALTH_ROUTE", "")
         if not self._predict_route:  # with Triton's slip of the pen, which scripts look for
             raise InvalidArgument(
                 f"{_FAILED}API_PREDICT_ROUTE is not defined for Vertex AI endpoint (the variable AIP_PREDICT_ROUTE)"
             )
-        if not self._health_route:
+        if not self.health_route:
             raise InvalidArgument(f"{_FAILED}AIP_HEALTH_ROUTE is not defined for Vertex AI endpoint")
 
     async def handle(self, http: HttpRequest) -> Reply:
-        if http.path == self._health_route:
+        if http.path == self.health_route:
             return await self._v2.handle(_sent_on(http, "/v2/health/ready", http.method))
         if http.path != self._predict_route:
             return _BAD_REQUEST
