@@ -17,6 +17,7 @@ from enginehouse import __version__
 from enginehouse.errors import (
     EnginehouseError,
     FailureReason,
+    Internal,
     InvalidArgument,
     NotFound,
     Unavailable,
@@ -127,7 +128,8 @@ class Core:
         """As `model`; loads a model that is to be loaded on demand."""
         self._check_started()
         if self._must_load(name):
-            await self._lifecycle.load(self.registry.resolve(name))
+            # A client that goes away must not leave a model half loaded.
+            await asyncio.shield(self._lifecycle.load(self.registry.resolve(name)))
         return self.registry.find(name, version)
 
     def why_unready(self, name: str) -> str:
@@ -249,6 +251,9 @@ class Core:
             await self._lifecycle.load(name)
         except EnginehouseError as error:
             problem = error
+        except Exception as error:  # whatever it is, those who wait are answered
+            logger.exception("loading '%s' on demand broke", name)
+            problem = Internal(f"loading '{name}' broke: {error!r}")
         for request in self._waiting_for_load.pop(name):
             assert request.sink is not None, "checked by submit"
             try:

@@ -1,6 +1,7 @@
 """Who may ask: clients with an API key, and pages of other origins. Stands before the routes; off by default.
 
-Keys are asked for on every path but those of health, and on every port but that of the metrics. They are compared in constant time and never logged.
+Keys are asked for on every path but those of health, and on every port but that of the metrics. They are compared in
+constant time and never logged.
 """
 
 from __future__ import annotations
