@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,26 @@ async def test_no_memory_for_an_input_fails_that_request_alone(monkeypatch: pyte
         assert (await host.run(5)).values() == [[10, 10]]
         assert (await host.run_requests([request_of(1, 1_000_000)])).values()[0][0] == 2
         assert await host.pid() == pid
+
+
+@pytest.mark.asyncio
+async def test_the_ledger_forgets_growth_that_failed_or_ended_with_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, nbytes: int) -> int:
+        raise OSError(12, "Cannot allocate memory")
+
+    async with hosted() as host:
+        ledger = host.hosts.ledger
+        at_start = ledger.booked_bytes("cpu")
+        with monkeypatch.context() as patched:
+            patched.setattr(slab, "make_segment", refuse)
+            assert (await host.run_requests([request_of(1, 1_000_000)])).error is not None
+        assert ledger.booked_bytes("cpu") == at_start
+        assert (await host.run_requests([request_of(1, 1_000_000)])).error is None
+        assert ledger.booked_bytes("cpu") >= at_start + 4 * MIB
+        os.kill(await host.pid(), signal.SIGKILL)
+        await host.until(lambda: not host.model.instances[0].available)
+        await host.until_ready()
+        assert ledger.booked_bytes("cpu") == at_start
 
 
 @pytest.mark.asyncio

@@ -15,6 +15,7 @@ from enginehouse.execution import messages as m
 from enginehouse.execution.backends import BACKEND_MODEL_OPTION, BackendSource, find_backend
 from enginehouse.execution.contract import HostedModel, HostHealth, MemoryEntry, ServerServices
 from enginehouse.execution.devices import CpuRuntime, CudaRuntime, DeviceInfo, DeviceRuntime, SimulatedRuntime
+from enginehouse.execution.growth import GiveBack
 from enginehouse.execution.host_policy import cores_of_policies
 from enginehouse.execution.hosting_plan import declared_memory, memory_entries, plan_hosting
 from enginehouse.execution.ledger import Booking, Ledger
@@ -213,9 +214,10 @@ class ModelHosts:
                 return runtime.used_bytes_by_process(device)
         return {}
 
-    def _book_growth(self, hosted: ProcessHostedModel, booking: Booking, num_bytes: int) -> None:
+    def _book_growth(self, hosted: ProcessHostedModel, booking: Booking, num_bytes: int) -> GiveBack:
         entry = MemoryEntry(hosted.name, hosted.version, "cpu", "workspace", num_bytes, measured=True)
         self.ledger.extend(booking, [entry])
+        return partial(self.ledger.give_back, booking, entry)
 
     def _forget(self, hosted: HostedModel, booking: Booking) -> None:
         self._loaded.remove(hosted)

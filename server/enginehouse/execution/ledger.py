@@ -62,6 +62,11 @@ class Ledger:
         self._check_room(wanted)
         booking.entries.extend(wanted)
 
+    def give_back(self, booking: Booking, entry: MemoryEntry) -> None:
+        """One that `extend` booked. Nothing happens if it was measured away since."""
+        if entry in booking.entries:
+            booking.entries.remove(entry)
+
     def replace(self, booking: Booking, entries: Sequence[MemoryEntry]) -> None:
         """What was measured takes the place of what was claimed; it is never refused."""
         booking.entries = list(entries)

@@ -17,6 +17,7 @@ from enginehouse.execution import messages as m
 from enginehouse.execution.answering import WorkerBatch
 from enginehouse.execution.channel import Channel
 from enginehouse.execution.contract import ExecutionTimes
+from enginehouse.execution.growth import BookGrowth, Growth, not_booked
 from enginehouse.execution.held import HeldTensors, kept_outputs, output_of, pieces_of
 from enginehouse.execution.joining import JoinedTensor
 from enginehouse.execution.open_calls import NoAnswer, OpenCalls
@@ -59,9 +60,8 @@ class WorkerProcess:
         on_service: OnService,
         on_end: OnEnd,
         segments: FirstSegments,
-        book: Callable[[int], None] = lambda num_bytes: None,
+        book: BookGrowth = not_booked,
     ) -> None:
-        """`book` raises ResourceExhausted if a slab may not grow by so many bytes."""
         self._loop = asyncio.get_running_loop()
         self.what = what
         self.on_end = on_end
@@ -76,7 +76,7 @@ class WorkerProcess:
         self._growing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting_for_room: list[tuple[int, Act, Refuse]] = []
-        self._book = book
+        self._growth = Growth(book)
         self.last_used_ns = 0
         self._is_trimmed = True
         self._kill_reason = ""
@@ -229,25 +229,26 @@ class WorkerProcess:
     async def _grow(self, nbytes: int) -> None:
         size = max(block_bytes(nbytes), self.outgoing.total_bytes)
         try:
-            self._book(size)
-            fd, segment = await self._loop.run_in_executor(None, make_shared_segment, False, size)
+            await self._add_segment(False, size)
         except (OSError, EnginehouseError) as problem:
             if self._waiting_for_room:
                 _, _, refuse = self._waiting_for_room.pop(0)
                 refuse(ResourceExhausted(f"{self.what}: no memory for {nbytes} bytes of input: {problem}"))
-        else:
-            self._share(False, fd, segment)
         self._growing = None
         self._serve_waiting()
 
     async def _grow_for_worker(self, nbytes: int) -> None:
         try:
-            self._book(block_bytes(nbytes))
-            made = await self._loop.run_in_executor(None, make_shared_segment, True, block_bytes(nbytes))
+            await self._add_segment(True, block_bytes(nbytes))
         except (OSError, EnginehouseError) as problem:
             self.channel.send(m.NoSegment(f"no memory for {nbytes} bytes of output: {problem}"))
-        else:
-            self._share(True, *made)
+
+    async def _add_segment(self, of_worker: bool, num_bytes: int) -> None:
+        """Raises OSError or ResourceExhausted if it can't be had."""
+        if self.alive:
+            with self._growth.of(num_bytes):
+                made = await self._loop.run_in_executor(None, make_shared_segment, of_worker, num_bytes)
+            self._share(of_worker, *made)
 
     def trim(self) -> None:
         """Gives the pages of both slabs back; call when it has been idle for a while."""
@@ -367,6 +368,7 @@ class WorkerProcess:
         self._fail_everything(f"{self.what} {self._kill_reason or how}")
         # Never used again: their memory goes when the answers that still view it have gone.
         self.outgoing, self.incoming = WriterSlab(), ReaderSlab()
+        self._growth.end()
         self.ended.set_result(self._kill_reason or how)
         self.on_end(self, self._kill_reason or how)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from enginehouse.errors import EnginehouseError, Unavailable
 from enginehouse.execution import messages as m
+from enginehouse.execution.growth import GiveBack, not_booked
 from enginehouse.execution.open_calls import NoAnswer
 from enginehouse.execution.process import WorkerProcess
 from enginehouse.execution.process_instances import ProcessInstance
@@ -160,9 +161,9 @@ class HostProcess:
             raise
         return WorkerProcess(child, sock, self.name, self._on_service, self._on_end, segments, self._book_growth)
 
-    def _book_growth(self, num_bytes: int) -> None:
-        if len(self.tenants) == 1:
-            self.tenants[0].model.book_growth(num_bytes)
+    def _book_growth(self, num_bytes: int) -> GiveBack:
+        book = self.tenants[0].model.book_growth if len(self.tenants) == 1 else not_booked
+        return book(num_bytes)
 
     async def _load(self, worker: WorkerProcess, tenant: Tenant) -> None:
         model = tenant.model

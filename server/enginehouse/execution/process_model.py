@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from enginehouse.backend import LoadContext, Placement
 from enginehouse.execution import messages as m
 from enginehouse.execution.contract import HostHealth, HostState
+from enginehouse.execution.growth import BookGrowth, not_booked
 from enginehouse.execution.hosting_plan import ProcessKey
 from enginehouse.execution.joiners import joiner_of
 from enginehouse.execution.patience import Progress
@@ -43,8 +44,8 @@ class ProcessHostedModel:
         self.generative: ProcessGenerative | None = None
         self.tenants: dict[ProcessKey, tuple[HostProcess, Tenant]] = {}
         self.on_closed: Callable[[], None] = lambda: None
-        self.book_growth: Callable[[int], None] = lambda num_bytes: None
-        """Raises ResourceExhausted if a slab of its own may not grow by so many bytes."""
+        self.book_growth: BookGrowth = not_booked
+        """Of its own slabs."""
         self.health = HostHealth(HostState.READY)
         self.progress = Progress()
         self._key_of = key_of
