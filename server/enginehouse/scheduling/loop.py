@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from enginehouse.errors import EnginehouseError
+from enginehouse.errors import EnginehouseError, Unavailable
 from enginehouse.execution.contract import Batch, ExecutionTimes, InstanceHandle
 from enginehouse.scheduling.clock import Alarm, Clock, LoopClock
 from enginehouse.scheduling.contract import ExecutionObserver, Refusal
@@ -98,7 +98,7 @@ class BatchingScheduler:
         ticket = Ticket(request, now_ns, self._shape_key(request) if self._shape_key is not None else None)
         if self._length_of is not None:
             ticket.length = self._length_of(request)
-        self._queue.add(ticket)
+        self._add(ticket)
         if self._tuner is not None:
             self._tuner.arrived(now_ns)
         request.flow = ticket
@@ -107,6 +107,15 @@ class BatchingScheduler:
         if self._hold_until_queued:
             self._hold_until_queued -= 1  # cancelled ones count as well
         self._notice(ticket)
+
+    def _add(self, ticket: Ticket) -> None:
+        try:
+            self._queue.add(ticket)
+        except Unavailable:
+            if not self._pass_is_due:
+                raise
+            self._pass()  # the queue is full only of what an idle instance was about to take
+            self._queue.add(ticket)
 
     def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
         self._pool.set(instances)

@@ -127,6 +127,15 @@ def test_a_full_queue_rejects_at_once() -> None:
         rig.send(3, id="r4")
 
 
+def test_a_burst_is_not_refused_for_a_queue_that_an_idle_instance_would_empty() -> None:
+    rig = rig_of(batching_config("default_queue_policy { max_queue_size: 1 }", max_batch_size=1))
+    answers = [rig.send(0), rig.send(1)]
+    with pytest.raises(Unavailable, match="Exceeds maximum queue size"):
+        rig.send(2)
+    rig.run_all()
+    assert [answer.values() for answer in answers] == [[[0]], [[1]]]
+
+
 def test_a_request_that_waits_too_long_is_refused_when_its_time_is_up() -> None:
     policy = "default_timeout_microseconds: 3000000 allow_timeout_override: true"
     rig = rig_of(batching_config(f"default_queue_policy {{ {policy} }}", max_batch_size=1))
