@@ -62,9 +62,9 @@ class InferenceRequest:
         self,
         request_id: str = "",
         correlation_id: int | str = 0,
-        inputs: Sequence[Tensor] = (),
-        requested_output_names: Sequence[str] = (),
-        model_name: str = "",
+        inputs: Sequence[Tensor] | None = None,
+        requested_output_names: Sequence[str] | None = None,
+        model_name: str | None = None,
         model_version: int = -1,
         flags: int = 0,
         timeout: int = 0,
@@ -73,23 +73,31 @@ class InferenceRequest:
         parameters: Mapping[str, ParameterValue] | None = None,
     ) -> None:
         self._is_served = False
+        inputs = _list_of(Tensor | None, "inputs: a list of Tensor", inputs)
+        requested_output_names = _list_of(str, "requested_output_names: a list of str", requested_output_names)
+        if not isinstance(model_name, str):
+            raise _lacks("model_name: a str", model_name)
+        if not isinstance(preferred_memory, PreferredMemory | None):
+            raise _lacks("preferred_memory: a PreferredMemory", preferred_memory)
+        if not isinstance(trace, InferenceTrace | None):
+            raise _lacks("trace: an InferenceTrace", trace)
         what = f"for request with id '{request_id}' and model name '{model_name}'"
-        if any(not isinstance(tensor, Tensor) for tensor in inputs):
+        if any(tensor is None for tensor in inputs):
             raise TritonModelException(f"Input tensor {what} should not be empty.")
         if any(not name for name in requested_output_names):
             raise TritonModelException(f"Requested output name {what} should not be empty.")
         if isinstance(correlation_id, bool) or not isinstance(correlation_id, (int, str)):
             raise TritonModelException("Correlation ID must be integer or string")
-        self._inputs: list[Tensor] | None = list(inputs)
+        self._inputs: list[Tensor] | None = inputs
         self._sender: InferenceResponseSender | None = None
         self._release_flags = TRITONSERVER_REQUEST_RELEASE_ALL
         self._preferred_memory = preferred_memory
         self._trace: InferenceTrace | None = trace or InferenceTrace()
         self._request = InferRequest(
             model_name,
-            str(model_version) if model_version > 0 else "",
+            "" if model_version == -1 else str(model_version),
             request_id,
-            requested_outputs=list(requested_output_names),
+            requested_outputs=requested_output_names,
             parameters=dict(check_parameters(parameters)),
             correlation_id=correlation_id,
             timeout_us=timeout,
@@ -216,6 +224,17 @@ class InferenceRequest:
         answers = Answers(request, services, decoupled, on_answer)
         services.infer(request, decoupled)
         return answers
+
+
+def _lacks(what: str, found: object) -> TypeError:
+    return TypeError(f"InferenceRequest() needs {what}; it has {'none' if found is None else repr(found)}")
+
+
+def _list_of(kind: Any, what: str, values: Sequence[Any] | None) -> list[Any]:
+    is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    if values is None or not is_list or not all(isinstance(value, kind) for value in values):
+        raise _lacks(what, values)
+    return list(values)
 
 
 def _services() -> Services:

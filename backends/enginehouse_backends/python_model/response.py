@@ -72,6 +72,8 @@ def check_parameters(parameters: Any) -> Mapping[str, ParameterValue]:
     """Raises TritonModelException for what the protocols can't carry."""
     if not parameters:
         return {}
+    if not isinstance(parameters, Mapping):
+        raise TritonModelException(f"Expect parameters to be a dict, found type {type(parameters)}")
     for key, value in parameters.items():
         if not isinstance(key, str):
             raise TritonModelException(f"Expect parameters keys to have type str, found type {type(key)}")

@@ -116,7 +116,7 @@ def get_model_dir() -> str:
     return running.directory
 
 
-def load_model(model_name: str, files: Mapping[str, bytes] | None = None, config: str | None = None) -> None:
+def load_model(model_name: str, config: str = "", files: Mapping[str, bytes] | None = None) -> None:
     """Blocks until the model is ready. Raises TritonModelException."""
     _control("load_model", model_name, config or None, dict(files or {}))
 

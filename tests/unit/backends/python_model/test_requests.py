@@ -261,6 +261,76 @@ def test_bls_is_refused_in_initialize(tmp_path: Path) -> None:
         said(bls(tmp_path, body))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("", "TypeError: InferenceRequest() needs inputs: a list of Tensor; it has none"),
+        ("inputs=[1]", "TypeError: InferenceRequest() needs inputs: a list of Tensor; it has [1]"),
+        (
+            "inputs=[X], requested_output_names='Y'",
+            "TypeError: InferenceRequest() needs requested_output_names: a list of str; it has 'Y'",
+        ),
+        (
+            "inputs=[X], requested_output_names=['Y'], model_name=3",
+            "TypeError: InferenceRequest() needs model_name: a str; it has 3",
+        ),
+        (
+            "inputs=[X], requested_output_names=['Y'], model_name='m', preferred_memory=3",
+            "TypeError: InferenceRequest() needs preferred_memory: a PreferredMemory; it has 3",
+        ),
+        (
+            "inputs=[X], requested_output_names=['Y'], model_name='m', trace=3",
+            "TypeError: InferenceRequest() needs trace: an InferenceTrace; it has 3",
+        ),
+        (
+            "inputs=[X], requested_output_names=['Y'], model_name='m', parameters='{}'",
+            "TritonModelException: Expect parameters to be a dict, found type <class 'str'>",
+        ),
+        (
+            "inputs=[None], requested_output_names=['Y'], model_name='m'",
+            "TritonModelException: Input tensor for request with id '' and model name 'm' should not be empty.",
+        ),
+    ],
+)
+def test_a_wrong_bls_request_says_what_it_lacks(tmp_path: Path, arguments: str, error: str) -> None:
+    body = f"""
+def execute(self, requests):
+    X = pb_utils.Tensor("X", np.array([1, 2], np.int32))
+    try:
+        return self.say(pb_utils.InferenceRequest({arguments}))
+    except Exception as problem:
+        return self.say(type(problem).__name__ + ": " + str(problem))
+"""
+    assert said(bls(tmp_path, body)) == [error]
+
+
+@pytest.mark.parametrize(("version", "asked"), [(-1, ""), (3, "3"), (0, "0"), (-2, "-2")])
+def test_only_version_minus_one_of_another_model_is_the_newest(tmp_path: Path, version: int, asked: str) -> None:
+    seen = []
+
+    def record(request: InferRequest) -> list[InferResponse]:
+        seen.append(request.model_version)
+        return double(request)
+
+    under_test = bls(
+        tmp_path, f"def execute(self, requests):\n    return self.say(self.ask(model_version={version}).exec())"
+    )
+    under_test.services.models["other"] = record
+    said(under_test)
+    assert seen == [asked]
+
+
+def test_the_config_comes_before_the_files_when_a_model_is_loaded(tmp_path: Path) -> None:
+    body = """
+def execute(self, requests):
+    pb_utils.load_model("a", "{}", {"file:1/model.py": b"x"})
+    return self.say()
+"""
+    under_test = bls(tmp_path, body)
+    said(under_test)
+    assert under_test.services.asked == [("load", "a", "{}", {"file:1/model.py": b"x"})]
+
+
 def test_models_are_loaded_and_unloaded(tmp_path: Path) -> None:
     body = """
 def execute(self, requests):
