@@ -200,7 +200,7 @@ class Soak:
 
     def _check_end(self, text: str, body: dict[str, Any]) -> list[Any]:
         """The choices of an answer that has one end and no error."""
-        events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+        events = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
         if not events or events.pop() != "[DONE]" or "[DONE]" in events:
             raise WrongAnswer(f"an answer does not end once: {text[-500:]!r}, asked for {body}")
         choices = [json.loads(event)["choices"][0] for event in events]
