@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from enginehouse.config.schema import ModelConfig, ModelSequenceBatching
-from enginehouse.errors import InvalidArgument
+from enginehouse.errors import Internal, InvalidArgument
 from enginehouse.types import DataType, DeviceData, Tensor
 
 
@@ -29,7 +29,7 @@ class SequenceStates:
     """The states that a model's config declares. Falsy if there are none."""
 
     def __init__(self, config: ModelConfig, model_directory: Path | None = None) -> None:
-        """Raises InvalidArgument if an initial state doesn't fit its state."""
+        """Raises InvalidArgument if an initial state doesn't fit its state, Internal if its file can't be read."""
         self.specs: list[StateSpec] = []
         for state in config.sequence_batching.state:
             if any(spec.input_name == state.input_name for spec in self.specs):
@@ -81,6 +81,8 @@ def zeros(name: str, datatype: DataType, shape: tuple[int, ...]) -> Tensor:
 
 
 def _initial_tensor(state: ModelSequenceBatching.State, batching: bool, folder: Path | None) -> Tensor:
+    if not state.data_type:
+        raise InvalidArgument(f"state '{state.input_name}' has no data_type: name the type of its tensors")
     datatype = DataType.from_proto(state.data_type)
     batch = (1,) if batching else ()
     if not state.initial_state:
@@ -130,7 +132,7 @@ def _read_initial(file: str, folder: Path | None, datatype: DataType, shape: tup
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InvalidArgument(f"failed to read initial state from '{path}': {error.strerror}") from error
+        raise Internal(f"failed to open text file for read {path}: {error.strerror}") from error
     if datatype is DataType.BYTES:
         return data
     size = math.prod(shape) * datatype.item_size

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from enginehouse.config.schema import ModelConfig
-from enginehouse.errors import Cancelled, InvalidArgument, Unavailable
+from enginehouse.errors import Cancelled, Internal, InvalidArgument, Unavailable
 from enginehouse.execution.contract import Batch
 from enginehouse.types import InferRequest, InferResponse, Tensor
 
@@ -454,13 +454,19 @@ def test_initial_state_is_zero_or_the_bytes_of_a_file(tmp_path: Path) -> None:
         ('name: "i" data_type: TYPE_INT32 dims: [ -1 ] zero_data: true', "contains variable dimensions"),
         ('name: "i" data_type: TYPE_INT32 dims: [ 2 ] zero_data: true', "doesn't match 'state' dim description"),
         ('name: "i" data_type: TYPE_INT32 dims: [ 1 ]', "to have state_data set"),
-        ('name: "i" data_type: TYPE_INT32 dims: [ 1 ] data_file: "none"', "failed to read initial state"),
+        ('name: "i" data_type: TYPE_INT32 dims: [ 1 ] data_file: "none"', "failed to open text file for read .*none: "),
     ],
 )
 def test_an_initial_state_that_does_not_fit_is_refused(initial: str, message: str, tmp_path: Path) -> None:
     config = sequence_config("direct {}", extra=STATE % f"initial_state {{ {initial} }}")
-    with pytest.raises(InvalidArgument, match=message):
+    with pytest.raises((InvalidArgument, Internal), match=message):
         rig_of(config, model_directory=tmp_path)
+
+
+def test_a_state_without_a_type_is_refused() -> None:
+    config = sequence_config("direct {}", extra='state { input_name: "IN" output_name: "OUT" dims: [ 1 ] }')
+    with pytest.raises(InvalidArgument, match="state 'IN' has no data_type"):
+        rig_of(config)
 
 
 def test_states_that_grow_to_different_shapes_do_not_share_a_batch() -> None:
