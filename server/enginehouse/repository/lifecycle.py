@@ -22,6 +22,7 @@ from enginehouse.repository.definition import ModelDefinition, NotUnique, Overri
 from enginehouse.repository.load_plan import Loaded, plan_load
 from enginehouse.repository.registry import UNLOADED, Registry, ServedVersion, VersionState
 from enginehouse.repository.residents import residents
+from enginehouse.repository.retiring import Retiring, tell_agents
 
 logger = logging.getLogger("enginehouse.repository")
 
@@ -55,7 +56,7 @@ class Lifecycle:
         """Why models can't be read now."""
         self._suspended: dict[str, bool] = {}
         """Ensembles that went with a member and come back with it; whether they were loaded by name."""
-        self._retiring: dict[str, set[asyncio.Task[None]]] = {}
+        self._retiring = Retiring(registry, builder, on_change)
 
     # --- what the outside asks for
 
@@ -113,22 +114,20 @@ class Lifecycle:
         await self.wait_retired()
 
     async def wait_retired(self) -> None:
-        tasks = [task for tasks in self._retiring.values() for task in tasks]
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._retiring.gone()
 
     @property
     def num_live(self) -> int:
         """Versions that serve or are being taken down."""
-        retiring = sum(len(tasks) for tasks in self._retiring.values())
-        return retiring + sum(1 for _ in self.registry.all_ready())
+        return self._retiring.num_tasks + sum(1 for _ in self.registry.all_ready())
 
     async def unload_idle(self) -> Sequence[str]:
         """Unloads models whose idle time is over; their next request loads them again. Their names."""
-        names = outstayed(self._residents())
-        for name in names:
-            await self._evict(name, "idle")
-        return names
+        gone: list[str] = []
+        while names := outstayed(self._residents()):  # anew each time: going may take long
+            await self._evict(names[0], "idle")
+            gone.append(names[0])
+        return gone
 
     def list_on_demand(self, name: str) -> None:
         self.registry.record(name).on_demand = True
@@ -174,7 +173,7 @@ class Lifecycle:
         except EnginehouseError as error:
             self._failed[name] = definition
             self._on_change(name)
-            await _tell_agents(definition, Event.LOAD_FAILED)
+            await tell_agents(definition, Event.LOAD_FAILED)
             raise InvalidArgument(f"load failed for model '{name}': {error.message}\n") from error
         self._source.loaded(definition)
         self._failed.pop(name, None)
@@ -227,7 +226,8 @@ class Lifecycle:
             raise InvalidArgument(
                 f"at least one version must be available under the version policy of model '{name}'"
             )
-        await self._wait_for_retiring(name)
+        if not self.registry.ready_versions(name):  # not beside its own remains: they may hold its device or file
+            await self._retiring.gone(name)
         ready = {served.version: served for served in self.registry.ready_versions(name)}
         current = self._loaded.get(name)
         plan = plan_load(definition, current, ready)
@@ -237,7 +237,7 @@ class Lifecycle:
                 await self._builder.set_instances(served, definition.config)
         elif plan.build:
             await self._replace(definition, plan.build, ready)
-            await _tell_agents(definition, Event.LOADED)
+            await tell_agents(definition, Event.LOADED)
         for version in plan.retire:
             self._retire_version(name, ready[version])
         for version in set(ready).difference(plan.build, plan.retire):
@@ -279,7 +279,7 @@ class Lifecycle:
             logger.info("successfully loaded '%s' version %s", name, served.version)
         for served in built:
             if served.version in replaced:
-                self._retire_in_background(name, replaced[served.version])
+                self._retiring.retire(name, replaced[served.version])
 
     def _note_failures(
         self,
@@ -326,39 +326,28 @@ class Lifecycle:
             except InsufficientMemory as shortage:
                 others = [one for one in self._residents() if one.name != definition.name]
                 victims = choose_victims(others, shortage.missing)
-                if not victims and not self._any_retiring(definition.name):
+                if not victims and not self._retiring.any_but(definition.name):
                     raise
                 for name in victims:
                     await self._evict(name, f"evicted for '{definition.name}'")
-                await self._wait_for_others(definition.name)
+                await self._retiring.any_gone_but(definition.name)
         return await self._builder.build(definition, version)
 
     async def _evict(self, name: str, why: str) -> None:
         """Takes the model down and leaves it to its next request. Waits until its memory is back."""
-        loaded = self._loaded.get(name)
-        if loaded is None:
-            return
+        if not any(name == resident.name for resident in self._residents()):
+            return  # gone by itself, or about to be another, while others went
         for served in self.registry.ready_versions(name):
             logger.info("unloading %s:%s (%s)", name, served.version, why)
-            self.registry.set_state(name, served.version, VersionState.UNLOADING, served=served)
-            self._retire_in_background(name, served, UNLOADED)
+            self._retiring.retire(name, served, UNLOADED)
         self.registry.record(name).on_demand = True
         del self._loaded[name]
-        await asyncio.wait(set(self._retiring[name]))
+        await self._retiring.gone(name)
 
     def _residents(self) -> list[Resident]:
         """Without those that are being loaded anew: their memory is spoken for."""
         resting = {name: one for name, one in self._loaded.items() if not self._lock(name).locked()}
         return residents(resting, self.registry, self._builder.bytes_of, time.monotonic_ns())
-
-    def _any_retiring(self, name: str) -> bool:
-        return any(tasks for other, tasks in self._retiring.items() if other != name)
-
-    async def _wait_for_others(self, name: str) -> None:
-        """Memory of what is going down comes back in a moment."""
-        tasks = {task for other, tasks in self._retiring.items() if other != name for task in tasks}
-        if tasks:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
     # --- unloading
 
@@ -370,61 +359,12 @@ class Lifecycle:
         for served in (*self.registry.ready_versions(name), *self.registry.given_up(name)):
             self._retire_version(name, served)
         if loaded is not None and loaded.definition.agents is not None:
-            self._tell_agents_of_unload(loaded.definition)
+            self._retiring.tell_agents(loaded.definition)
         self._on_change(name)
 
     def _retire_version(self, name: str, served: ServedVersion) -> None:
         logger.info("unloading: %s:%s", name, served.version)
-        self.registry.set_state(name, served.version, VersionState.UNLOADING, served=served)
-        self._retire_in_background(name, served, UNLOADED)
-
-    def _retire_in_background(self, name: str, served: ServedVersion, reason: str = "") -> None:
-        """With a reason the version itself goes; without, only its former build does."""
-
-        async def retire() -> None:
-            remains = await self._builder.retire(served)
-            entry = self.registry.record(name).versions[served.version]
-            if not reason or entry.served is not served:
-                return
-            if remains is not None:
-                said = f"{reason}; {remains.text}"
-                self.registry.set_state(name, served.version, VersionState.UNAVAILABLE, said)
-                remains.gone.add_done_callback(lambda _: self._note_gone(name, served.version, said, reason))
-            else:
-                self.registry.set_state(name, served.version, VersionState.UNAVAILABLE, reason)
-                logger.info("successfully unloaded '%s' version %s", name, served.version)
-            self._on_change(name)
-
-        task = asyncio.create_task(retire(), name=f"retire {name}:{served.version}")
-        tasks = self._retiring.setdefault(name, set())
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-
-    def _note_gone(self, name: str, version: int, said: str, reason: str) -> None:
-        """The calls that kept an unloaded version have returned."""
-        if self.registry.record(name).versions[version].reason == said:
-            self.registry.set_state(name, version, VersionState.UNAVAILABLE, reason)
-            logger.info("what was left of '%s' version %s has gone", name, version)
-            self._on_change(name)
-
-    def _tell_agents_of_unload(self, definition: ModelDefinition) -> None:
-        tasks = self._retiring.setdefault(definition.name, set())
-        retiring = set(tasks)
-
-        async def tell() -> None:
-            await _tell_agents(definition, Event.UNLOADING)
-            if retiring:
-                await asyncio.wait(retiring)
-            await _tell_agents(definition, Event.UNLOADED)
-
-        task = asyncio.create_task(tell(), name=f"tell agents of {definition.name}")
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-
-    async def _wait_for_retiring(self, name: str) -> None:
-        """A model is not loaded beside its own remains: they may hold its device, port or file."""
-        if not self.registry.ready_versions(name) and self._retiring.get(name):
-            await asyncio.wait(set(self._retiring[name]))
+        self._retiring.retire(name, served, UNLOADED)
 
     def _dependents_of(self, name: str) -> list[str]:
         return [
@@ -435,11 +375,6 @@ class Lifecycle:
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
-
-
-async def _tell_agents(definition: ModelDefinition, event: Event) -> None:
-    if definition.agents is not None:
-        await asyncio.to_thread(definition.agents.notice, event)
 
 
 def member_names(config: ModelConfig) -> list[str]:

@@ -308,3 +308,19 @@ async def test_idle_models_go_when_their_time_is_over() -> None:
     assert await repository.lifecycle.unload_idle() == ["m"]
     assert repository.registry.models["m"].on_demand
     assert repository.registry.is_ready("stays")
+
+
+@pytest.mark.asyncio
+async def test_a_model_that_is_asked_while_others_go_stays() -> None:
+    text = "serving { idle_unload_s: 60 }"
+    repository = Repository(definition("a", text=text), definition("b", text=text))
+    for name in ("a", "b"):
+        await repository.lifecycle.load(name)
+        repository.registry.find(name).last_used_ns = time.monotonic_ns() - 61 * 10**9
+    repository.builder.busy = asyncio.Event()
+    unloading = asyncio.create_task(repository.lifecycle.unload_idle())
+    await asyncio.sleep(0)
+    repository.registry.find("b").last_used_ns = time.monotonic_ns()
+    repository.builder.busy.set()
+    assert await unloading == ["a"]
+    assert repository.registry.is_ready("b")
