@@ -85,13 +85,14 @@ class SnapshotCache:
         name = hashlib.file_digest(file, "sha256").hexdigest()
         path = self._object(name)
         partial = self.directory / "partial" / identity
+        # first: who finds the partial gone must find this, or would fetch the file again
+        self._write(self.directory / "identities" / identity, name)
         if path.exists():
             partial.unlink()
         else:
             path.parent.mkdir(exist_ok=True)
             partial.chmod(0o444)
             partial.rename(path)
-        self._write(self.directory / "identities" / identity, name)
         return path
 
     def _object(self, name: str) -> Path:
