@@ -11,14 +11,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from http import HTTPStatus
 from typing import TypeAlias, cast
 
 from enginehouse.errors import InvalidArgument
 from enginehouse.frontends.compression import too_large
 from enginehouse.frontends.http1 import MAX_CHUNKS, BadRequest, Parser, Request
 from enginehouse.frontends.http_message import (
-    Buffer,
     HttpPush,
     HttpRequest,
     HttpResponse,
@@ -26,19 +24,18 @@ from enginehouse.frontends.http_message import (
     Reply,
     error_response,
 )
+from enginehouse.frontends.http_writing import PushChannel, chunk_of, head_of, write_whole
 from enginehouse.frontends.listening import Certificates, listen, port_of, socket_name
 from enginehouse.frontends.pending import Pending, close_with
 
 Handle: TypeAlias = Callable[[HttpRequest], Awaitable[Reply]]
 RefuseLarge: TypeAlias = Callable[[Request, int], HttpResponse]
 
-_STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n" for s in HTTPStatus}
 _TITLES = {
     "HTTP": "HTTPService", "SageMaker": "Sagemaker HTTPService", "Vertex AI": "Vertex AI HTTPService",
 }  # fmt: skip
 """What scripts look for in the log."""
 _SCRATCH_BYTES = 65536
-_JOIN_LIMIT_BYTES = 65536
 _MAX_PIPELINED = 32
 _STALL_S = 120.0
 """A request that is half sent and then silent for so long is given up."""
@@ -278,7 +275,7 @@ class _Connection(asyncio.BufferedProtocol):
             if isinstance(reply, Exception):
                 raise reply
             if transport is not None:
-                self._write_whole(transport, request, reply)
+                write_whole(transport, request, reply, is_last=self._is_last())
             if reply.on_sent is not None:
                 reply.on_sent()
         except Exception as error:
@@ -322,28 +319,12 @@ class _Connection(asyncio.BufferedProtocol):
         if isinstance(reply, HttpPush):
             await self._push(transport, request, reply, self._is_last())
             return
-        self._write_whole(transport, request, reply)
+        write_whole(transport, request, reply, is_last=self._is_last())
         if self._writable is not None:
             await self._writable
 
     def _is_last(self) -> bool:
         return (self._close_after and not self._waiting) or self._server.stopping
-
-    def _write_whole(self, transport: asyncio.Transport, request: Request, reply: HttpResponse) -> None:
-        size = 0
-        for part in reply.body:
-            size += len(part)
-        chunked = reply.chunked and request.minor_version == 1
-        framing = "Transfer-Encoding: chunked\r\n" if chunked else f"Content-Length: {size}\r\n"
-        head = _head(reply, framing, request, self._is_last())
-        if request.method == "HEAD":
-            transport.write(head)
-        elif chunked:
-            transport.write(b"".join((head, *map(_chunk, filter(len, reply.body)), b"0\r\n\r\n")))
-        elif size <= _JOIN_LIMIT_BYTES:
-            transport.write(b"".join((head, *reply.body)))
-        else:
-            transport.writelines((head, *reply.body))
 
     async def _write_stream(
         self, transport: asyncio.Transport, request: Request, reply: HttpStream, last: bool
@@ -352,11 +333,11 @@ class _Connection(asyncio.BufferedProtocol):
         old = request.minor_version == 0
         self._close_after = self._close_after or old
         framing = "" if old else "Transfer-Encoding: chunked\r\n"
-        transport.write(_head(reply, framing, request, last or old))
+        transport.write(head_of(reply, framing, request, last or old))
         try:
             async for part in reply.chunks:
                 if part:
-                    transport.write(bytes(part) if old else _chunk(part))
+                    transport.write(bytes(part) if old else chunk_of(part))
                 if self._writable is not None:
                     await self._writable
             if not old:
@@ -370,8 +351,8 @@ class _Connection(asyncio.BufferedProtocol):
         old = request.minor_version == 0
         self._close_after = self._close_after or old
         framing = "" if old else "Transfer-Encoding: chunked\r\n"
-        transport.write(_head(reply, framing, request, last or old))
-        channel = _Channel(transport, self._loop, chunked=not old)
+        transport.write(head_of(reply, framing, request, last or old))
+        channel = PushChannel(transport, self._loop, chunked=not old)
         reply.begin(channel)
         try:
             await channel.closed
@@ -380,46 +361,5 @@ class _Connection(asyncio.BufferedProtocol):
             raise
 
 
-class _Channel:
-    """http_message.Channel over a transport."""
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, *, chunked: bool) -> None:
-        self._transport = transport
-        self._chunked = chunked
-        self.closed: asyncio.Future[None] = loop.create_future()
-
-    @property
-    def num_waiting_bytes(self) -> int:
-        return 0 if self._transport.is_closing() else self._transport.get_write_buffer_size()
-
-    def send(self, data: bytes) -> None:
-        if not self._transport.is_closing():  # writing to one that is raises, before anyone is told that it is gone
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-
-    def close(self) -> None:
-        if not self.closed.done():
-            if self._chunked and not self._transport.is_closing():
-                self._transport.write(b"0\r\n\r\n")
-            self.closed.set_result(None)
-
-
 def _refuse_large(request: Request, max_body_bytes: int) -> HttpResponse:
     return error_response(too_large(request.body_bytes, max_body_bytes, "request JSON size of"))
-
-
-def _head(reply: Reply, framing: str, request: Request, last: bool) -> bytes:
-    text = _STATUS_LINES.get(reply.status) or f"HTTP/1.1 {reply.status} \r\n"
-    text += framing
-    if reply.content_type:
-        text += f"Content-Type: {reply.content_type}\r\n"
-    for name, value in reply.headers:
-        text += f"{name}: {value}\r\n"
-    if last:
-        text += "Connection: close\r\n"
-    elif request.minor_version == 0:
-        text += "Connection: keep-alive\r\n"
-    return (text + "\r\n").encode("latin-1", "replace")
-
-
-def _chunk(part: Buffer) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(part), bytes(part))
