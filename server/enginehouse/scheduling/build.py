@@ -22,7 +22,7 @@ from enginehouse.scheduling.fairness import FairQueue, Tenant
 from enginehouse.scheduling.length_batching import LengthBatching
 from enginehouse.scheduling.loop import BatchingOptions, BatchingScheduler
 from enginehouse.scheduling.queue import RequestQueue, levels_of
-from enginehouse.scheduling.rate_limiter import RateLimiter
+from enginehouse.scheduling.rate_limiter import InstanceLimits, RateLimiter
 from enginehouse.scheduling.response_cache import ResponseCache
 from enginehouse.scheduling.sequence_batching import (
     DirectBatching,
@@ -64,15 +64,14 @@ def build_scheduler(
     scheduler: Scheduler
     if config.HasField("ensemble_scheduling"):
         scheduler = EnsembleScheduler(config, version, observer, submit, lookup or _no_lookup, clock, hands_over)
+    elif config.HasField("sequence_batching"):
+        sequence_options = _sequence_options(config, model_directory)
+        limits = _limits_of(config, instances, rate_limiter)
+        scheduler = SequenceScheduler(sequence_options, instances, observer, clock, limits)
     else:
-        limits = rate_limiter.limits_of(config, instances) if rate_limiter is not None else None
-        if config.HasField("sequence_batching"):
-            sequence_options = _sequence_options(config, model_directory)
-            scheduler = SequenceScheduler(sequence_options, instances, observer, clock, limits)
-        else:
-            scheduler = BatchingScheduler(
-                _batching_options(config, model_directory), instances, observer, clock, limits
-            )
+        options = _batching_options(config, model_directory)
+        limits = _limits_of(config, instances, rate_limiter)
+        scheduler = BatchingScheduler(options, instances, observer, clock, limits)
     if cache is None or not may_cache(config):
         return scheduler
     return CachingScheduler(
@@ -85,6 +84,13 @@ def build_scheduler(
         fingerprint=fingerprint,
         preserves_order=config.dynamic_batching.preserve_ordering,
     )
+
+
+def _limits_of(
+    config: ModelConfig, instances: Sequence[InstanceHandle], rate_limiter: RateLimiter | None
+) -> InstanceLimits | None:
+    """Taken last of all: a version that can't be served must claim nothing."""
+    return rate_limiter.limits_of(config, instances) if rate_limiter is not None else None
 
 
 def may_cache(config: ModelConfig) -> bool:

@@ -2,8 +2,8 @@
 
 An instance group names resources and counts; a batch runs while all of them are available. Of those that
 wait, the one goes first whose executions times its `priority` are fewest, so a group of priority 2 gets half
-as many turns as one of priority 1; one that waits for a resource blocks it for those after it. Resources
-without a limit on the command line have as much as the most demanding instance needs. No I/O and no clock.
+as many turns as one of priority 1; one that waits for a resource blocks it for those after it. Without limits
+on the command line there is as much of each as the most demanding instance needs. No I/O and no clock.
 """
 
 from __future__ import annotations
@@ -52,9 +52,12 @@ class InstanceLimits:
     on_room: Callable[[], None] = lambda: None
     """Set by the scheduler: called when an instance that was refused may run."""
     _claims: dict[InstanceHandle, _Claim] = field(default_factory=dict)
+    _is_closed: bool = False
 
     def set_instances(self, instances: Sequence[InstanceHandle]) -> None:
         """Raises InvalidArgument if one of them could never run."""
+        if self._is_closed:
+            return
         claims = {}
         for instance in instances:
             claim = self._claims.get(instance)
@@ -74,9 +77,9 @@ class InstanceLimits:
 
     def close(self) -> None:
         """Nothing more will be acquired; what still runs is given back as usual."""
-        for claim in self._claims.values():
-            claim.is_waiting = False
+        self._is_closed = True
         self.on_room = lambda: None
+        self._limiter.leave(list(self._claims.values()))
 
 
 class RateLimiter:
@@ -100,6 +103,10 @@ class RateLimiter:
         for claim in old:
             claim.is_waiting = claim.is_waiting and claim in new
         self._claims = [*others, *new]
+
+    def leave(self, claims: Sequence[_Claim]) -> None:
+        self.replace(claims, [])
+        self._grant_in_turn()
 
     def acquire(self, claim: _Claim) -> bool:
         if claim.is_granted:
@@ -127,20 +134,28 @@ class RateLimiter:
     def release(self, claim: _Claim) -> None:
         claim.num_held -= 1
         self._give_back(claim)
-        while (waiting := self._next_in_turn()) is not None:
-            self._grant(waiting)
+        self._grant_in_turn()
 
     def available(self, resource: Resource) -> int:
         return self.limit_of(resource) - self._used.get(resource, 0)
 
     def limit_of(self, resource: Resource) -> int:
-        name, device = resource
-        for key in (resource, (name, ANY_DEVICE)):
-            if key in self._explicit:
-                return self._explicit[key]
-        return max((claim.needs.get((name, device), 0) for claim in self._claims), default=0)
+        explicit = self._explicit_limit(resource)
+        if explicit is not None:
+            return explicit
+        return max((claim.needs.get(resource, 0) for claim in self._claims), default=0)
+
+    def _explicit_limit(self, resource: Resource) -> int | None:
+        """None if the command line names no resources; then there is nothing of those that it doesn't name."""
+        if not self._explicit:
+            return None
+        return self._explicit.get(resource, self._explicit.get((resource[0], ANY_DEVICE), 0))
 
     # --- granting
+
+    def _grant_in_turn(self) -> None:
+        while (waiting := self._next_in_turn()) is not None:
+            self._grant(waiting)
 
     def _queue(self) -> list[_Claim]:
         return sorted((claim for claim in self._claims if claim.is_waiting), key=lambda claim: claim.turn)
@@ -187,7 +202,7 @@ class RateLimiter:
                             f"model configuration."
                         )
             for (name, device), count in claim.needs.items():
-                limit = self._explicit.get((name, device), self._explicit.get((name, ANY_DEVICE)))
+                limit = self._explicit_limit((name, device))
                 if limit is not None and limit < count:
                     raise InvalidArgument(
                         f'Resource count for "{name}" is limited to {limit} which will prevent scheduling of one '

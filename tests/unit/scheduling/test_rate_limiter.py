@@ -57,6 +57,50 @@ def test_a_limit_too_small_for_an_instance_fails_its_load() -> None:
         limiter.limits_of(limited(("R", 4)), [GatedInstance()])
 
 
+def test_once_one_resource_has_an_explicit_limit_there_is_nothing_of_others() -> None:
+    limiter = RateLimiter({("R", ANY_DEVICE): 3})
+    with pytest.raises(InvalidArgument, match=r'"S" is limited to 0 which .* the minimum required count is 2'):
+        limiter.limits_of(limited(("R", 1), ("S", 2)), [GatedInstance()])
+
+
+def test_an_unloaded_model_leaves_nothing_behind() -> None:
+    limiter = RateLimiter()
+    large, small = rigs(limiter, limited(("R", 5)), limited(("R", 1)))
+    large.send(1)
+    large.scheduler.close()
+    assert limiter.available(("R", GLOBAL)) < 0  # its batch still runs
+    large.instance.step()
+    assert (limiter.limit_of(("R", GLOBAL)), limiter.available(("R", GLOBAL))) == (1, 1)
+    small.scheduler.close()
+    limiter.limits_of(limited(("R", 1), is_global=False), [GatedInstance()])
+
+
+def test_instances_that_show_up_after_the_unload_claim_nothing() -> None:
+    limiter = RateLimiter()
+    [rig] = rigs(limiter, limited(("R", 5)))
+    rig.scheduler.close()
+    rig.scheduler.set_instances([GatedInstance()])
+    assert limiter.limit_of(("R", GLOBAL)) == 0
+
+
+def test_a_model_that_can_not_be_loaded_claims_nothing() -> None:
+    limiter = RateLimiter()
+    config = limited(("R", 5))
+    config.sequence_batching.state.add(input_name="IN", output_name="OUT", dims=[1])
+    with pytest.raises(InvalidArgument, match="has no data_type"):
+        rigs(limiter, config)
+    assert limiter.limit_of(("R", GLOBAL)) == 0
+
+
+def test_a_model_that_waits_lets_others_through_when_it_is_unloaded() -> None:
+    limiter = RateLimiter({("R", ANY_DEVICE): 2})
+    small, large, other = rigs(limiter, limited(("R", 1)), limited(("R", 2)), limited(("R", 1)))
+    for rig in (small, large, other):
+        rig.send(1)
+    large.scheduler.close()
+    assert (large.waiting_sizes, other.waiting_sizes) == ([], [1])
+
+
 def test_a_resource_is_global_or_of_a_device_but_not_both() -> None:
     limiter = RateLimiter()
     limiter.limits_of(limited(("R", 1)), [GatedInstance()])
