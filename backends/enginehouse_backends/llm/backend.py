@@ -252,6 +252,8 @@ class LlmInstance(GenerativeInstance):
             self._enter(request, arrived_ns)
             return
         with self._lock:
+            if len(self._preparing) >= self.llm.max_waiting:
+                raise self.llm.full_queue()
             self._preparing[request.id] = True
         self._threads.submit(self._enter_later, request, arrived_ns)
 

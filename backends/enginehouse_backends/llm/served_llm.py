@@ -50,7 +50,7 @@ class ServedLlm:
     ) -> None:
         self.name, self.scheduler, self.runner, self.metrics = name, scheduler, runner, metrics
         self.model_name = metrics.model_name
-        self._table, self._emit, self._max_waiting = table, emit, max_waiting
+        self._table, self._emit, self.max_waiting = table, emit, max_waiting
         self.most_tokens = 0
         """What the model can always hold of one sequence. Read by other threads."""
         self._answers: dict[str, Answer] = {}
@@ -77,17 +77,20 @@ class ServedLlm:
         if generation.id in self._answers:
             self._send_now(answer.end(FinishReason.ERROR, Internal(f"the id '{generation.id}' is in use")))
             return
-        if len(self.scheduler.waiting) >= self._max_waiting:
-            self.metrics.num_rejections += 1
-            error = Unavailable(
-                f"model '{self.model_name}' has {self._max_waiting} requests waiting: its queue is full"
-            )
-            self._send_now(answer.end(FinishReason.ERROR, error))
+        if len(self.scheduler.waiting) >= self.max_waiting:
+            self._send_now(answer.end(FinishReason.ERROR, self.full_queue()))
             return
         self._answers[generation.id] = answer
         if generation.deadline_ns:
             heapq.heappush(self._deadlines, (generation.deadline_ns, generation.id))
         self.scheduler.add(generation)
+
+    def full_queue(self) -> Unavailable:
+        """The refusal of one request more, counted."""
+        self.metrics.num_rejections += 1
+        return Unavailable(
+            f"model '{self.model_name}' has {self.max_waiting} requests waiting: its queue is full"
+        )
 
     def refuse(self, answer: Answer, error: EnginehouseError) -> None:
         """It isn't taken on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -264,6 +265,23 @@ def test_a_full_queue_refuses_at_once(folder: Path) -> None:
     errors = [result.last.error for result in results if result.last.error]
     assert errors
     assert all(isinstance(error, Unavailable) and "2 requests waiting" in str(error) for error in errors)
+    serving.check()
+    serving.close()
+
+
+def test_prompts_that_wait_to_be_tokenized_fill_the_queue_too(folder: Path) -> None:
+    serving = Serving(folder, parameters={"max_waiting": "2"})
+    may_tokenize = threading.Event()
+    serving.instance._threads.submit(may_tokenize.wait, 60)
+    long_text = "word " * 1000
+    try:
+        accepted = [serving.submit(long_text) for _ in range(2)]
+        with pytest.raises(Unavailable, match="2 requests waiting"):
+            serving.submit(long_text)
+    finally:
+        may_tokenize.set()
+    for request_id in accepted:
+        serving.result(request_id)
     serving.check()
     serving.close()
 
