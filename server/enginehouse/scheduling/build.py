@@ -31,7 +31,8 @@ from enginehouse.scheduling.sequence_batching import (
     oldest_batching,
 )
 from enginehouse.scheduling.sequence_controls import SequenceControls
-from enginehouse.scheduling.sequence_loop import SequenceOptions, SequenceScheduler
+from enginehouse.scheduling.sequence_lanes import SequenceOptions
+from enginehouse.scheduling.sequence_loop import SequenceScheduler
 from enginehouse.scheduling.sequence_requests import SequenceRequests
 from enginehouse.scheduling.sequence_state import SequenceStates
 from enginehouse.scheduling.tuning import BatchTuner, TunedBatching

@@ -7,7 +7,6 @@ on the server's loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 
 from enginehouse.errors import EnginehouseError, FailureReason, Unavailable
@@ -17,43 +16,12 @@ from enginehouse.scheduling.contract import ExecutionObserver, Refusal
 from enginehouse.scheduling.dynamic_batching import DynamicBatching, Wait
 from enginehouse.scheduling.in_flight import InFlight, cancelled, expired, stopped
 from enginehouse.scheduling.ordering import ResponseOrder
-from enginehouse.scheduling.queue import RequestQueue, Ticket
+from enginehouse.scheduling.queue import Ticket
 from enginehouse.scheduling.rate_limiter import InstanceLimits
 from enginehouse.scheduling.sequence_batching import DirectBatching
 from enginehouse.scheduling.sequence_book import SequenceBook, SequenceRun
-from enginehouse.scheduling.sequence_requests import SequenceRequests
-from enginehouse.scheduling.test_hooks import SequenceHold
+from enginehouse.scheduling.sequence_lanes import InstanceLane, SequenceOptions
 from enginehouse.types import InferRequest, InferResponse
-
-
-@dataclass
-class SequenceOptions:
-    """How one version's sequences are batched."""
-
-    batching: DirectBatching | DynamicBatching
-    """DynamicBatching stands for the strategy `oldest`."""
-    requests: SequenceRequests
-    num_slots: int
-    max_idle_ns: int
-    preserves_order: bool = False
-    is_iterative: bool = False
-    hold: SequenceHold = field(default_factory=SequenceHold)
-    max_waiting: int = 100_000
-
-
-@dataclass(eq=False)
-class InstanceLane:
-    """The slots of one instance, and what is on its way there."""
-
-    index: int
-    instance: InstanceHandle
-    slots: list[SequenceRun | None]
-    ready: RequestQueue = field(default_factory=RequestQueue)
-    """`oldest` only: the next request of each sequence that is not running."""
-    num_batches: int = 0
-    is_retired: bool = False
-    is_due: bool = False
-    wait: Wait | None = None
 
 
 class SequenceScheduler:
