@@ -146,5 +146,5 @@ async def hosted(
     finally:
         await hosts.close()
     assert child_pids() == children
-    assert open_descriptors() == before
+    assert open_descriptors() <= before  # a gRPC client of an earlier test may close its own meanwhile
     assert hosts.ledger.entries() == []
