@@ -145,3 +145,12 @@ async def test_cuda_regions_say_clearly_that_there_is_no_gpu(server: LittleServe
             "CudaSharedMemoryRegister",
             schema.CudaSharedMemoryRegisterRequest(name="c", raw_handle=b"\0" * 64, byte_size=4).SerializeToString(),
         )
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("slash", ["", "/"])
+async def test_memory_of_python_models_can_not_be_registered(server: LittleServer, slash: str) -> None:
+    key = f"{slash}triton_python_backend_shm_region_1"
+    text = f"cannot register shared memory region 'r' with key '{key}' as the key contains the reserved prefix "
+    answer = await post(server, "/v2/systemsharedmemory/region/r/register", {"key": key, "byte_size": 16})
+    assert answer == (400, {"error": text + "'triton_python_backend_shm_region_'"})

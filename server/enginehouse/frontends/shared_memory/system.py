@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from enginehouse.errors import Internal, InvalidArgument
-from enginehouse.frontends.shared_memory.regions import MAX_UINT64, Region, RegionKind
+from enginehouse.frontends.shared_memory.regions import MAX_UINT64, RESERVED_PREFIX, Region, RegionKind
 
 _DIRECTORY = "/dev/shm/"
 
@@ -61,7 +61,13 @@ def _path_of(key: str) -> str:
 
 
 def open_region(name: str, key: str, offset: int, num_bytes: int) -> Region:
-    """Raises Internal if there is no such object, InvalidArgument if it is smaller than asked for."""
+    """Raises Internal if there is no such object, InvalidArgument for a key that is not the client's to
+    name and if the object is smaller than asked for."""
+    if key.removeprefix("/").startswith(RESERVED_PREFIX):
+        raise InvalidArgument(
+            f"cannot register shared memory region '{name}' with key '{key}' as the key contains the reserved "
+            f"prefix '{RESERVED_PREFIX}'"
+        )
     if offset + num_bytes > MAX_UINT64:
         raise InvalidArgument(f"Integer overflow detected: byte_size ({num_bytes}) + offset ({offset})")
     memory: Any = SystemMemory(name, key, offset, num_bytes)
