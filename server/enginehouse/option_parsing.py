@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Flag:
     """What to use instead; the flag still works."""
     has_effect: bool = True
     """False for one that is there so that scripts for Triton run; whoever sets it is warned."""
+    num_words: int = 1
+    """So many arguments may be one value, as some of Triton's OpenAI flags have it."""
 
 
 def flag(
@@ -46,9 +49,10 @@ def flag(
     aliases: tuple[str, ...] = (),
     deprecated: str = "",
     has_effect: bool = True,
+    num_words: int = 1,
 ) -> Any:
     """A dataclass field that is an option; a default of () makes it a repeated one."""
-    known = Flag(group, parse, help, default == (), aliases, deprecated, has_effect)
+    known = Flag(group, parse, help, default == (), aliases, deprecated, has_effect, num_words)
     return dataclasses.field(default=default, metadata={_KEY: known})
 
 
@@ -162,8 +166,16 @@ def _read_arguments(flags: Mapping[str, tuple[str, Flag]], argv: Sequence[str]) 
             else:
                 value = following
                 next(words)
+                value = " ".join((value, *_more_words(value, known.num_words, words)))
         given.setdefault(_canonical(flags, name), []).append(value)
     return given
+
+
+def _more_words(first: str, num_words: int, words: Iterator[tuple[str, str | None]]) -> list[str]:
+    """What else belongs to a value of several words; nothing if the first holds all of it."""
+    if num_words == 1 or any(mark in first for mark in " :="):
+        return []
+    return [word for word, _ in itertools.islice(words, num_words - 1)]
 
 
 def _is_boolean(word: str | None) -> bool:

@@ -309,7 +309,9 @@ class ServerOptions:
     openai_port: int | None = _openai(
         None, port, "Port of its own; without it the API is served beside the others on HTTP's port."
     )
-    openai_restricted_api: tuple[str, ...] = _openai((), text, "These APIs answer only with the header.")
+    openai_restricted_api: tuple[str, ...] = _openai(
+        (), text, "These APIs answer only with the header: <api>,<api> <header> <value>.", num_words=3
+    )
     default_max_tokens: int = _openai(16, count, "Tokens of a completion that sets no limit.")
     tool_call_parser: str = _openai(
         "", text, "How models write tool calls: hermes, llama3, mistral; default: by the model.", has_effect=False

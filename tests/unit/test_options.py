@@ -142,6 +142,17 @@ def test_refusals_name_the_flag_and_what_is_wrong(argv: list[str], text: str) ->
 
 
 @pytest.mark.parametrize(
+    "written", [["=inference key value"], ["", "inference", "key", "value"], ["=inference:key=value"]]
+)
+def test_three_arguments_may_be_one_restriction(written: list[str]) -> None:
+    argv = [f"--openai-restricted-api{written[0]}", *written[1:], "--model-repository=m", "--http-port=9"]
+    options = parse_options(argv, {})
+    assert (options.openai_restricted_api[0].replace(":", " ").replace("=", " "), options.http_port) == (
+        "inference key value", 9,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("argv", "text"),
     [
         (["--response-cache-byte-size=1", "--cache-config=redis,host=h"], "incompatible flags"),

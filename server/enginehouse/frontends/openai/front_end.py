@@ -18,10 +18,11 @@ from enginehouse.frontends.openai.embeddings import EmbeddingHandler
 from enginehouse.frontends.openai.errors import BadField, error_reply, named_error
 from enginehouse.frontends.openai.generation import run
 from enginehouse.frontends.openai.handlers import GenerationHandlers, chat_prompt, model_of, not_served
+from enginehouse.frontends.openai.model_management import ModelManagement, detail
 from enginehouse.frontends.openai.requests import ChatRequest, DetokenizeRequest, TokenizeRequest, decode
 from enginehouse.frontends.openai.restricted import RestrictedOpenAIApis
 from enginehouse.frontends.wire_errors import as_wire_error
-from enginehouse.options import ServerOptions
+from enginehouse.options import ModelControlMode, ServerOptions
 from enginehouse.types import ChatPrompt, GenerateRequest, GenerateTask
 
 GET, POST = ("GET",), ("POST",)
@@ -35,6 +36,7 @@ class OpenAIFrontEnd:
         self._created = int(time.time())
         self._generation = GenerationHandlers(core, options)
         self._embedding = EmbeddingHandler(core, options)
+        self._management = ModelManagement(core, self._describe)
         self._restricted = RestrictedOpenAIApis(options.openai_restricted_api)
         self._max_body_bytes = options.http_max_input_size
         self._num_asked = 0
@@ -45,10 +47,10 @@ class OpenAIFrontEnd:
             Route("/v1/completions", POST, None, self._guarded(generation.completions)),
             Route("/v1/chat/completions", POST, None, self._guarded(generation.chat)),
             Route("/v1/embeddings", POST, None, self._guarded(self._embedding.embeddings, "embedding")),
-            Route("/v1/models", GET, None, self._list_models),
-            Route("/v1/models/(?P<model>.+)/load", POST, None, self._load),
-            Route("/v1/models/(?P<model>.+)/unload", POST, None, self._unload),
-            Route("/v1/models/(?P<model>.+)", GET, None, self._show_model),
+            Route("/v1/models", GET, None, self._keyed(self._list_models)),
+            Route("/v1/models/(?P<model>.*)/load", POST, None, self._keyed(self._management.load())),
+            Route("/v1/models/(?P<model>.*)/unload", POST, None, self._keyed(self._management.unload())),
+            Route("/v1/models/(?P<model>.+)", GET, None, self._keyed(self._show_model)),
             Route("/tokenize", POST, None, self._guarded(self._tokenize)),
             Route("/detokenize", POST, None, self._guarded(self._detokenize)),
             Route("/health(?:/ready)?", GET, None, self._health),
@@ -56,9 +58,7 @@ class OpenAIFrontEnd:
             Route("/version", GET, None, self._version),
         ]
 
-    def _guarded(
-        self, handler: Callable[[HttpRequest], Awaitable[Reply]], group: str = "inference"
-    ) -> RouteHandler:
+    def _guarded(self, handler: Callable[[HttpRequest], Awaitable[Reply]], group: str = "inference") -> RouteHandler:
         """Errors in this API's shape; and no route at all to what only language models do where there is none."""
 
         async def handle(http: HttpRequest, parts: PathParts) -> Reply:
@@ -81,14 +81,24 @@ class OpenAIFrontEnd:
 
     def _refused(self, group: str, http: HttpRequest) -> Reply | None:
         header = self._restricted.missing_header(group, http.headers.get)
-        return None if header is None else _detail(401, f"This API is restricted, expecting header '{header}'")
+        return None if header is None else detail(401, f"This API is restricted, expecting header '{header}'")
+
+    def _keyed(self, handler: RouteHandler) -> RouteHandler:
+        """Only for who has the header of the group `model-repository`, if it has one."""
+
+        async def handle(http: HttpRequest, parts: PathParts) -> Reply:
+            return self._refused("model-repository", http) or await handler(http, parts)
+
+        return handle
 
     def _models(self) -> dict[str, ServedVersion]:
         return {served.name: served for served in self._core.registry.all_ready() if served.generative}
 
     def _may_have_models(self) -> bool:
-        """What isn't ready may be a language model: one to be loaded on demand, or one whose load failed."""
+        """What isn't ready may be a language model: to be loaded by request or on demand, or one whose load failed."""
         records = self._core.registry.models.values()
+        if not records and self._core.options.model_control_mode is ModelControlMode.EXPLICIT:
+            return True
         return any(record.default is None or record.default.generative for record in records)
 
     def refuse_large(self, request: Request, max_body_bytes: int) -> HttpResponse:
@@ -108,33 +118,15 @@ class OpenAIFrontEnd:
         models = self._models()
         if not models and not self._may_have_models():
             return NOT_FOUND
-        return _json({"object": "list", "data": [self._describe(served) for served in models.values()]})
+        return _json({"object": "list", "data": [self._describe(name) for name in models]})
 
     async def _show_model(self, http: HttpRequest, parts: PathParts) -> Reply:
-        served = self._models().get(parts["model"])
-        if served is not None:
-            return _json(self._describe(served))
+        if parts["model"] in self._models():
+            return _json(self._describe(parts["model"]))
         return error_reply(not_served(self._core, parts["model"])) if self._may_have_models() else NOT_FOUND
 
-    def _describe(self, served: ServedVersion) -> dict[str, Any]:
-        return {"id": served.name, "object": "model", "created": self._created, "owned_by": OWNER}
-
-    async def _load(self, http: HttpRequest, parts: PathParts) -> Reply:
-        return self._refused("model-repository", http) or await self._control(self._core.load(parts["model"]))
-
-    async def _unload(self, http: HttpRequest, parts: PathParts) -> Reply:
-        if (refused := self._refused("model-repository", http)) is not None:
-            return refused
-        if not any(entry.name == parts["model"] for entry in self._core.index()):
-            return _detail(400, f"unknown model '{parts['model']}'")
-        return await self._control(self._core.unload(parts["model"]))
-
-    async def _control(self, change: Awaitable[None]) -> Reply:
-        try:
-            await change
-        except EnginehouseError as error:
-            return _detail(400, f"unknown model: {error}" if "failed to poll" in str(error) else str(error))
-        return HttpResponse(200)
+    def _describe(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": OWNER}
 
     # --- text and tokens
 
@@ -190,7 +182,3 @@ class OpenAIFrontEnd:
 
 def _json(document: Any) -> HttpResponse:
     return HttpResponse(200, body=(orjson.dumps(document),))
-
-
-def _detail(status: int, text: str) -> HttpResponse:
-    return HttpResponse(status, body=(orjson.dumps({"detail": text}),))

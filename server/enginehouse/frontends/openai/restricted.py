@@ -27,7 +27,7 @@ class RestrictedOpenAIApis:
             secret = (match["key"] or match["key2"], match["value"] or match["value2"])
             for group in match["groups"].split(","):
                 if group not in GROUPS:
-                    raise InvalidArgument(f"unknown restricted api '{group}' (there are: {', '.join(GROUPS)})")
+                    raise InvalidArgument(f"Unknown API '{group}' (there are: {', '.join(GROUPS)})")
                 if group in self._secrets:
                     raise InvalidArgument(f"restricted api '{group}' can not be specified in multiple config groups")
                 self._secrets[group] = secret
