@@ -1,13 +1,12 @@
 """Synthetic requests that every instance runs before its version is ready.
 
 A sample of batch size N is N requests of one row that run together, `count` times. What the model answers
-is dropped; an error is logged and does not stop the load. A sample that doesn't fit the model does.
+is dropped, but a version that answers with an error doesn't become ready, nor one that a sample doesn't fit.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from enginehouse.config.schema import ModelConfig, ModelWarmup
-from enginehouse.errors import EnginehouseError, InvalidArgument
+from enginehouse.errors import EnginehouseError, Internal, InvalidArgument
 from enginehouse.execution.contract import Batch, ExecutionTimes, InstanceHandle
 from enginehouse.scheduling.clock import Clock, LoopClock
 from enginehouse.scheduling.contract import ExecutionObserver
@@ -23,10 +22,10 @@ from enginehouse.scheduling.sequence_controls import SequenceControls
 from enginehouse.scheduling.sequence_state import SequenceStates, zeros
 from enginehouse.types import Array, DataType, InferRequest, InferResponse, Tensor
 
-logger = logging.getLogger("enginehouse.scheduling.warmup")
-
 CheckRequest = Callable[[InferRequest], None]
 """The core's checks: sets the batch size, raises InvalidArgument."""
+
+_NO_ID = "[request id: <id_unknown>] "
 
 RANDOM_INTEGERS_BELOW = 128
 """Fits every type, and the vocabulary of any model."""
@@ -40,16 +39,27 @@ async def warm_up(
     check: CheckRequest,
     clock: Clock | None = None,
 ) -> None:
-    """Runs the config's samples on every instance. Raises InvalidArgument for a sample that can't be right."""
+    """Runs the config's samples on every instance.
+
+    Raises InvalidArgument for a sample that can't be right or that the model fails, Internal for an unreadable file.
+    """
     samples = [(sample, warmup_requests(config, sample, model_directory, check)) for sample in config.model_warmup]
     time = clock or LoopClock()
-    await asyncio.gather(*(_warm_instance(config, samples, one, observer, time) for one in instances))
+    runs = (_warm_instance(samples, one, observer, time) for one in instances)
+    # none is left running when another fails
+    for outcome in await asyncio.gather(*runs, return_exceptions=True):
+        if outcome is not None:
+            raise outcome
 
 
 def warmup_requests(
     config: ModelConfig, sample: ModelWarmup, model_directory: Path, check: CheckRequest
 ) -> list[InferRequest]:
     """The requests of one batch of the sample, checked, with all that the model sees."""
+    if sample.batch_size > max(config.max_batch_size, 1):
+        raise _failed(
+            sample, [f"batch size {sample.batch_size} for '{config.name}', max allowed is {config.max_batch_size}"]
+        )
     # Triton leaves out what the model doesn't take; what is then missing is the complaint.
     known = {spec.name for spec in config.input}
     requests = []
@@ -62,21 +72,28 @@ def warmup_requests(
         request = InferRequest(config.name, inputs=inputs)
         check(request)
         if config.HasField("sequence_batching"):
-            _add_sequence_inputs(config, request, model_directory)
+            _add_sequence_inputs(config, sample, request, model_directory)
         requests.append(request)
     return requests
 
 
-def _add_sequence_inputs(config: ModelConfig, request: InferRequest, model_directory: Path) -> None:
-    """A sequence of one request."""
+def _add_sequence_inputs(
+    config: ModelConfig, sample: ModelWarmup, request: InferRequest, model_directory: Path
+) -> None:
+    """A sequence of one request, but for what the sample sets itself."""
+    own = set(request.inputs)
     request.correlation_id, request.sequence_start, request.sequence_end = 1, True, True
     for tensor in SequenceControls(config).tensors(1, start=True, end=True):
         request.inputs[tensor.name] = tensor
     request.inputs.update(SequenceStates(config, model_directory).initial())
+    for name in (request.inputs.keys() - own) & sample.inputs.keys():
+        request.inputs[name] = warmup_tensor(name, sample.inputs[name], config.max_batch_size > 0, model_directory)
 
 
 def warmup_tensor(name: str, spec: ModelWarmup.Input, batching: bool, model_directory: Path) -> Tensor:
     """Zeros, random values, or what a file in the model's `warmup` folder holds. One row for batching models."""
+    if any(dim < 0 for dim in spec.dims):
+        raise InvalidArgument(f"warmup setting expects all variable-size dimensions are specified for input '{name}'")
     datatype = DataType.from_proto(spec.data_type)
     shape = (1, *spec.dims) if batching else tuple(spec.dims)
     source = spec.WhichOneof("input_data_type")
@@ -86,7 +103,7 @@ def warmup_tensor(name: str, spec: ModelWarmup.Input, batching: bool, model_dire
         return random_tensor(name, datatype, shape)
     if source == "input_data_file":
         return _file_tensor(name, datatype, shape, model_directory / "warmup" / spec.input_data_file)
-    raise InvalidArgument(f"warmup setting expects input '{name}' to have input_data_type set")
+    raise InvalidArgument(f"{_NO_ID}warmup setting expects input '{name}' to have input_data_type set")
 
 
 def random_tensor(name: str, datatype: DataType, shape: tuple[int, ...]) -> Tensor:
@@ -109,14 +126,12 @@ def _file_tensor(name: str, datatype: DataType, shape: tuple[int, ...], path: Pa
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InvalidArgument(
-            f"failed to read warmup data of input '{name}' from '{path}': {error.strerror}"
-        ) from error
+        raise Internal(f"failed to open text file for read {path}: {error.strerror}") from error
     size = math.prod(shape) * datatype.item_size
     if datatype is not DataType.BYTES:
         if len(data) < size:
             raise InvalidArgument(
-                f"warmup setting expects {size} bytes, but the data provided from {path.name} only has "
+                f"{_NO_ID}warmup setting expects {size} bytes, but the data provided from {path.name}only has "
                 f"{len(data)} bytes"
             )
         data = data[:size]
@@ -124,7 +139,6 @@ def _file_tensor(name: str, datatype: DataType, shape: tuple[int, ...], path: Pa
 
 
 async def _warm_instance(
-    config: ModelConfig,
     samples: Sequence[tuple[ModelWarmup, Sequence[InferRequest]]],
     instance: InstanceHandle,
     observer: ExecutionObserver,
@@ -133,13 +147,21 @@ async def _warm_instance(
     for sample, requests in samples:
         for _ in range(sample.count or 1):
             if requests:
-                await _run_together(requests, instance, observer, clock)
+                problems = await _run_together(requests, instance, observer, clock)
+                if problems:
+                    raise _failed(sample, problems)
+
+
+def _failed(sample: ModelWarmup, problems: Sequence[str]) -> InvalidArgument:
+    listed = "".join(f"{problem}; " for problem in problems)
+    return InvalidArgument(f"failed to run warmup sample '{sample.name}': {listed}")
 
 
 async def _run_together(
     patterns: Sequence[InferRequest], instance: InstanceHandle, observer: ExecutionObserver, clock: Clock
-) -> None:
-    """Returns when the instance is free and every request has its final answer."""
+) -> list[str]:
+    """Returns when the instance is free and every request has its final answer: what went wrong."""
+    problems: list[str] = []
     finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     now_ns = clock.now_ns()
     requests = [_fresh(pattern, now_ns) for pattern in patterns]
@@ -153,7 +175,7 @@ async def _run_together(
 
     def on_response(request: InferRequest, response: InferResponse) -> None:
         if response.error is not None:
-            logger.error("warmup of model '%s' on instance '%s': %s", request.model_name, instance.name, response.error)
+            problems.append(str(response.error))
         observer.on_response(request, response)
         request.num_responses += response.has_response
         if response.final:
@@ -165,6 +187,7 @@ async def _run_together(
 
     instance.execute(Batch(requests, on_response, on_done, lambda request: count_down(), instance=instance))
     await finished
+    return problems
 
 
 def _fresh(pattern: InferRequest, now_ns: int) -> InferRequest:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from enginehouse.config.schema import ModelConfig
-from enginehouse.errors import InvalidArgument
+from enginehouse.errors import Internal, InvalidArgument
 from enginehouse.execution.contract import Batch
 from enginehouse.request_checks import RequestChecks
 from enginehouse.scheduling.warmup import random_tensor, warm_up, warmup_requests
@@ -79,8 +79,10 @@ async def test_file_data_comes_from_the_warmup_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        (sample('input_data_file: "none"'), "failed to read warmup data of input 'X'"),
-        (sample('input_data_file: "short"'), "expects 12 bytes, but the data provided from short only has 4 bytes"),
+        (sample('input_data_file: "none"'), "failed to open text file for read .*none: "),
+        (sample('input_data_file: "short"'), "expects 12 bytes, but the data provided from shortonly has 4 bytes"),
+        (sample("zero_data: true", dims="-1"), "expects all variable-size dimensions are specified for input 'X'"),
+        (sample("zero_data: true", batch_size=5), r"sample 's': batch size 5 for 'm', max allowed is 4"),
         (sample(""), "to have input_data_type set"),
         ('model_warmup { name: "s" batch_size: 1 }', r"^\[request id: <id_unknown>\] expected 1 inputs but got 0"),
         (sample("zero_data: true", dims="5"), "unexpected shape for input 'X'"),
@@ -90,22 +92,20 @@ def test_a_sample_that_does_not_fit_is_refused(samples: str, message: str, tmp_p
     (tmp_path / "warmup").mkdir()
     (tmp_path / "warmup" / "short").write_bytes(bytes(4))
     config = warming(samples)
-    with pytest.raises(InvalidArgument, match=message):
+    with pytest.raises((InvalidArgument, Internal), match=message):
         warmup_requests(config, config.model_warmup[0], tmp_path, RequestChecks(config).check)
 
 
 @pytest.mark.asyncio
-async def test_an_error_of_the_model_is_logged_and_the_rest_runs(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_an_error_of_the_model_fails_the_load_once_every_instance_is_done(tmp_path: Path) -> None:
     def fail(inputs: object) -> dict[str, object]:
         raise InvalidArgument("no good")
 
-    instance = EagerInstance(fail)  # type: ignore[arg-type]  # never returns
-    config = warming(sample("zero_data: true", count=2))
-    await warm_up(config, tmp_path, [instance], Observer(), RequestChecks(config).check)
-    assert instance.sizes == [1, 1]
-    assert "no good" in caplog.text
+    bad, good = EagerInstance(fail), EagerInstance()  # type: ignore[arg-type]  # never returns
+    config = warming(sample("zero_data: true", batch_size=2, count=2))
+    with pytest.raises(InvalidArgument, match=r"^failed to run warmup sample 's': no good; no good; $"):
+        await warm_up(config, tmp_path, [bad, good], Observer(), RequestChecks(config).check)
+    assert (bad.sizes, good.sizes) == ([2], [2, 2])
 
 
 def test_sequence_models_get_their_controls_and_states(tmp_path: Path) -> None:
@@ -116,6 +116,17 @@ def test_sequence_models_get_their_controls_and_states(tmp_path: Path) -> None:
     [request] = warmup_requests(config, config.model_warmup[0], tmp_path, RequestChecks(config).check)
     assert request.inputs["START"].numpy().item() == 1
     assert request.inputs["S_IN"].shape == (1, 2)
+
+
+def test_a_sample_may_set_the_controls_of_a_sequence_itself(tmp_path: Path) -> None:
+    sequences = """sequence_batching { direct {}
+        control_input { name: "START" control { kind: CONTROL_SEQUENCE_START int32_false_true: [0, 1] } } }
+        model_warmup { name: "s" batch_size: 1
+            inputs { key: "X" value { data_type: TYPE_FP32 dims: [3] zero_data: true } }
+            inputs { key: "START" value { data_type: TYPE_INT32 dims: [1] zero_data: true } } }"""
+    config = warming(sequences)
+    [request] = warmup_requests(config, config.model_warmup[0], tmp_path, RequestChecks(config).check)
+    assert request.inputs["START"].numpy().tolist() == [[0]]
 
 
 @pytest.mark.parametrize("datatype", VALID_TYPES)
