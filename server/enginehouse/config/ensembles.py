@@ -89,6 +89,12 @@ def _check_flow(config: ModelConfig, tensors: dict[str, _Tensor]) -> Iterator[Pr
         if tensor.name not in tensors:
             yield Problem(f"ensemble input '{tensor.name}' for ensemble {name}' is not used", f"input[{index}]")
             continue
+        if tensors[tensor.name].is_output:  # Triton loads it, and never answers
+            yield Problem(
+                f"ensemble tensor '{tensor.name}' is an input of ensemble '{name}' and made by a step too: one of them "
+                f"needs another name",
+                f"input[{index}]",
+            )
         tensors[tensor.name].is_ready = True
         waiting.append(tensors[tensor.name])
     while waiting:

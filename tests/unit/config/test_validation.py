@@ -163,6 +163,8 @@ def step(inputs: str, outputs: str, model: str = "one") -> str:
          "ensemble tensor 'Q' can appear in an output map only once for ensemble 'm' step 1"),
         (step("aR", "bQ"), "ensemble input 'P' for ensemble m' is not used"),
         (step("aP", "bR"), "ensemble output 'Q' for ensemble m' is not used"),
+        (step("aP", "bQ cP"), "ensemble tensor 'P' is an input of ensemble 'm' and made by a step too: one of them "
+         "needs another name"),
         (step("aP", "bR") + step("aS cR", "bQ"), "output 'Q' for ensemble 'm' is not written: at least one of "
          "its depending tensors, 'S', is not connected"),
         (step("aP cS", "bQ") + step("aQ", "bS"), "output 'Q' for ensemble 'm' is not written: at least one of "
