@@ -10,10 +10,11 @@ import time
 import numpy as np
 import pytest
 
-from enginehouse.errors import EnginehouseError, FailureReason, Unavailable
+from enginehouse.backend import Placement
+from enginehouse.errors import EnginehouseError, FailureReason, InvalidArgument, Unavailable
 from enginehouse.execution.contract import HostState
 from enginehouse.execution.hosts import HostOptions
-from tests.faults.hosting import BACKENDS, hosted, request_of
+from tests.faults.hosting import BACKENDS, child_pids, hosted, request_of
 
 pytestmark = pytest.mark.asyncio
 
@@ -191,13 +192,23 @@ async def test_cancelling_reaches_a_running_model() -> None:
 
 async def test_instances_change_in_place() -> None:
     async with hosted("instance_group { count: 2 kind: KIND_CPU name: 'g' }") as host:
-        from enginehouse.backend import Placement
-
         kept = await host.pid(instance=0)
         await host.model.set_instances([Placement("g_0"), Placement("g_5"), Placement("g_6")])
         assert [instance.name for instance in host.model.instances] == ["g_0", "g_5", "g_6"]
         assert await host.pid(instance=0) == kept
         assert len({await host.pid(instance=index) for index in range(3)}) == 3
+
+
+@pytest.mark.parametrize("backend", ["requests", "tensors"])
+async def test_instances_that_can_not_all_be_made_leave_those_that_were_there(backend: str) -> None:
+    config = f"backend: '{backend}' instance_group {{ count: 1 kind: KIND_CPU name: 'g' }}"
+    async with hosted(config) as host:
+        processes = child_pids()
+        with pytest.raises(InvalidArgument, match="unlucky"):
+            await host.model.set_instances([Placement("g_0"), Placement("g_5"), Placement("g_13")])
+        assert [instance.name for instance in host.model.instances] == ["g_0"]
+        assert (await host.run(1)).values() == [[2, 2]]
+        await host.until(lambda: child_pids() == processes)
 
 
 async def test_every_request_is_answered_whatever_happens_to_the_worker() -> None:

@@ -109,10 +109,19 @@ class ProcessHostedModel:
         self.tenants[key] = (process, tenant)
 
     async def set_instances(self, placements: Sequence[Placement]) -> None:
+        """Raises what creating one raises; nothing has changed then."""
+        before = self.all_instances
         wanted = {placement.name: placement for placement in placements}
-        present = {instance.name: instance for instance in self.all_instances}
-        gone = [i for name, i in present.items() if wanted.get(name) != i.placement]
-        await self._add([p for name, p in wanted.items() if name not in present or present[name].placement != p])
+        kept = [instance for instance in before if wanted.get(instance.name) == instance.placement]
+        names_kept = {instance.name for instance in kept}
+        try:
+            await self._add([placement for placement in placements if placement.name not in names_kept])
+        except BaseException:
+            for instance in self.all_instances:
+                if instance not in before:
+                    await self._remove(instance)
+            raise
+        gone = [instance for instance in before if instance not in kept]
         self._note_order(placements)
         for instance in gone:
             await self._remove(instance)
