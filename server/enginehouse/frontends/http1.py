@@ -20,6 +20,7 @@ MAX_HEADERS = 256
 MAX_CHUNKS = 65536
 _MAX_CHUNK_LINE = 4096
 _CLEARED_BYTES = 65536
+_BAD_LENGTH = -1
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([!-~\x80-\xff]+) HTTP/1\.([01])")
 _HEADER_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*?)[ \t]*")
@@ -52,17 +53,18 @@ class HeaderMap:
 
 @dataclass(slots=True)
 class Request(HttpRequest):
-    """One request. `too_large` and `too_many_chunks` say why its body was thrown away."""
+    """One request. `too_large`, `too_many_chunks` and `bad_length` say why it has no body."""
 
     minor_version: int = 1
     keep_alive: bool = True
     body_bytes: int = 0
     too_large: bool = False
     too_many_chunks: bool = False
+    bad_length: bool = False
 
     @property
     def is_refused(self) -> bool:
-        return self.too_large or self.too_many_chunks
+        return self.too_large or self.too_many_chunks or self.bad_length
 
 
 # Clients send the same lines again and again; parsed ones are remembered.
@@ -167,7 +169,7 @@ def _keeps_alive(headers: HeaderMap, minor_version: int) -> bool:
 
 
 def _body_length(headers: HeaderMap, minor_version: int) -> int | None:
-    """Bytes of the body; None if it comes in chunks. Raises BadRequest for contradictions."""
+    """Bytes of the body; None if it comes in chunks, -1 if no number is said. Raises BadRequest for contradictions."""
     coding = headers.get("transfer-encoding")
     length = headers.get("content-length")
     if coding is not None:
@@ -177,9 +179,9 @@ def _body_length(headers: HeaderMap, minor_version: int) -> int | None:
         return None
     if length is None:
         return 0
-    if _LENGTH.fullmatch(length) is None or len(set(headers.values("content-length"))) > 1:
-        raise BadRequest(f"bad content-length {length[:80]!r}")
-    return int(length)
+    if len(set(headers.values("content-length"))) > 1:
+        raise BadRequest("several content-lengths")
+    return int(length) if _LENGTH.fullmatch(length) else _BAD_LENGTH
 
 
 class Parser:
@@ -268,6 +270,10 @@ class Parser:
             minor_version=head.minor_version,
             keep_alive=head.keep_alive,
         )
+        if length == _BAD_LENGTH:
+            request.bad_length = True
+            done.append(request)
+            raise BadRequest("bad content-length")  # where the next request begins nobody knows
         rest = data[end + 4 :]
         if length is not None and length <= len(rest) and not self._over_limit(length):
             request.body, request.body_bytes = rest[:length], length

@@ -30,6 +30,7 @@ from enginehouse.frontends.pending import Pending, close_with
 
 Handle: TypeAlias = Callable[[HttpRequest], Awaitable[Reply]]
 RefuseLarge: TypeAlias = Callable[[Request, int], HttpResponse]
+RefuseLength: TypeAlias = Callable[[Request], HttpResponse | None]
 
 _TITLES = {
     "HTTP": "HTTPService", "SageMaker": "Sagemaker HTTPService", "Vertex AI": "Vertex AI HTTPService",
@@ -57,10 +58,12 @@ class HttpServer:
         reuse_port: bool = False,
         certificates: Certificates | None = None,
         refuse_large: RefuseLarge | None = None,
+        refuse_length: RefuseLength | None = None,
     ) -> None:
         """`name` is for messages; `max_body_bytes` 0 is no limit; port 0 asks for a free one.
 
-        `refuse_large` makes the answer to a body that is over the limit.
+        `refuse_large` makes the answer to a body that is over the limit, `refuse_length` the one to a
+        Content-Length that is no number: None where the connection just closes, as Triton's does.
         """
         self.handle = handle
         self._name = name
@@ -70,6 +73,7 @@ class HttpServer:
         self._reuse_port = reuse_port
         self._certificates = certificates
         self._refuse_large = refuse_large or _refuse_large
+        self.refuse_length = refuse_length or no_answer
         self.connections: set[_Connection] = set()
         self._all_gone: asyncio.Future[None] | None = None
         self._listener: asyncio.Server | None = None
@@ -117,9 +121,11 @@ class HttpServer:
         """The answer to a request whose body was thrown away."""
         if request.too_large:
             return self._refuse_large(request, self.max_body_bytes)
-        return error_response(
-            InvalidArgument(f"Chunked request body exceeds maximum of {MAX_CHUNKS} non-empty chunks")
-        )
+        if request.bad_length:
+            answer = self.refuse_length(request)
+            assert answer is not None, "one without an answer is not accepted: a bug"
+            return answer
+        return error_response(InvalidArgument(f"Chunked request body exceeds maximum of {MAX_CHUNKS} non-empty chunks"))
 
     def _close_stalled(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
@@ -230,7 +236,7 @@ class _Connection(asyncio.BufferedProtocol):
     # --- requests
 
     def _accept(self, request: Request) -> None:
-        if self._close_after:
+        if self._close_after or (request.bad_length and self._server.refuse_length(request) is None):
             return
         self._waiting.append(request)
         if not request.keep_alive:
@@ -363,3 +369,7 @@ class _Connection(asyncio.BufferedProtocol):
 
 def _refuse_large(request: Request, max_body_bytes: int) -> HttpResponse:
     return error_response(too_large(request.body_bytes, max_body_bytes, "request JSON size of"))
+
+
+def no_answer(request: Request) -> None:
+    """The connection just closes."""

@@ -16,13 +16,14 @@ from enginehouse.frontends.console import Console
 from enginehouse.frontends.http2_transport import Http2GrpcServer
 from enginehouse.frontends.http_message import TEXT, HttpRequest, HttpResponse, Reply
 from enginehouse.frontends.http_routes import PathParts, Route, Router
-from enginehouse.frontends.http_transport import HttpServer
+from enginehouse.frontends.http_transport import HttpServer, no_answer
 from enginehouse.frontends.kserve_grpc.health import HealthMethods
 from enginehouse.frontends.kserve_grpc.methods import v2_methods
 from enginehouse.frontends.kserve_grpc.reflection import ReflectionMethods, reflection_pool
 from enginehouse.frontends.kserve_http.front_end import V2Handlers, v2_routes
 from enginehouse.frontends.kserve_http.infer import JSON_ALLOWANCE
 from enginehouse.frontends.listening import Certificates
+from enginehouse.frontends.openai.errors import refuse_length
 from enginehouse.frontends.openai.front_end import OpenAIFrontEnd
 from enginehouse.frontends.restricted_apis import RestrictedApis
 from enginehouse.frontends.shared_memory.regions import Regions
@@ -74,6 +75,7 @@ def serve_http(core: Core, options: ServerOptions, regions: Regions) -> FrontEnd
         reuse_port=options.reuse_http_port,
         certificates=http_certificates(options),
         refuse_large=None if openai is None else openai.refuse_large,
+        refuse_length=no_answer if openai is None else refuse_length,
     )
 
 
@@ -89,6 +91,7 @@ def serve_openai(core: Core, options: ServerOptions, port: int) -> FrontEnd:
         max_body_bytes=options.http_max_input_size,
         certificates=http_certificates(options),
         refuse_large=openai.refuse_large,
+        refuse_length=refuse_length,
     )
 
 

@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from enginehouse.frontends.http_message import Buffer, HttpRequest, HttpResponse, HttpStream, Reply
-from enginehouse.frontends.http_transport import HttpServer
+from enginehouse.frontends.http_transport import HttpServer, RefuseLength
+from enginehouse.frontends.openai.errors import refuse_length
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -20,9 +21,11 @@ async def echo(request: HttpRequest) -> Reply:
 
 @asynccontextmanager
 async def serving(
-    handle: Callable[[HttpRequest], Awaitable[Reply]], max_body_bytes: int = 0
+    handle: Callable[[HttpRequest], Awaitable[Reply]],
+    max_body_bytes: int = 0,
+    refuse_length: RefuseLength | None = None,
 ) -> AsyncIterator[tuple[HttpServer, Callable[[], Awaitable[Connection]]]]:
-    server = HttpServer(handle, "HTTP", "127.0.0.1", 0, max_body_bytes=max_body_bytes)
+    server = HttpServer(handle, "HTTP", "127.0.0.1", 0, max_body_bytes=max_body_bytes, refuse_length=refuse_length)
     await server.start()
     writers: list[asyncio.StreamWriter] = []
 
@@ -219,3 +222,17 @@ async def test_stopping_lets_requests_in_flight_end() -> None:
         head, body = await read_answer(reader)
         assert (b"Connection: close" in head, body) == (True, b"POST late")
         await stopping
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("value", "text"), [("x1", "is not an integer"), ("", "is not an integer"), ("-5", "negative")]
+)
+async def test_lengths_that_are_none_are_answered_where_clients_expect_it(value: str, text: str) -> None:
+    async with serving(echo, refuse_length=refuse_length) as (_, connect):
+        for path, answered in (("/v1/completions", True), ("/v2/models/m/infer", False)):
+            reader, writer = await connect()
+            writer.write(f"POST {path} HTTP/1.1\r\nContent-Length: {value}\r\n\r\n{{}}".encode())
+            answer = await reader.read()
+            assert answer.startswith(b"HTTP/1.1 400 ") is answered
+            assert (b'"code":"invalid_content_length"' in answer and text.encode() in answer) is answered

@@ -5,7 +5,7 @@ from __future__ import annotations
 import orjson
 
 from enginehouse.errors import EnginehouseError, ErrorCode, InvalidArgument
-from enginehouse.frontends.http_message import JSON, HttpResponse
+from enginehouse.frontends.http_message import JSON, HttpRequest, HttpResponse
 from enginehouse.frontends.wire_errors import http_status
 
 _TYPES = {
@@ -54,3 +54,12 @@ def named_error(status: int, code: str, message: str) -> HttpResponse:
     """With a code that is a word, as some refusals have it."""
     document = {"error": {"message": message, "type": _TYPES[status], "param": None, "code": code}}
     return HttpResponse(status, JSON, (orjson.dumps(document),))
+
+
+def refuse_length(request: HttpRequest) -> HttpResponse | None:
+    """What this API says of a Content-Length that is no number of bytes; None on others' paths."""
+    if not request.path.startswith("/v1/"):
+        return None
+    value = request.headers.get("content-length") or ""
+    wrong = "must be non-negative" if value.removeprefix("-").isdigit() else "is not an integer"
+    return named_error(400, "invalid_content_length", f"Content-Length '{value}' {wrong}")
