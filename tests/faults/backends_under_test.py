@@ -81,6 +81,11 @@ class Answering(RequestInstance):
             request.sink(InferResponse([Tensor.from_numpy("Y", values * 2), pid_tensor(len(values))]))
 
 
+class Complaining(Doubling):
+    def close(self) -> None:
+        raise RuntimeError("not yet")
+
+
 def pid_tensor(rows: int) -> Tensor:
     return Tensor.from_numpy("PID", np.full((rows, 1), os.getpid(), np.int32))
 
@@ -135,6 +140,8 @@ class _Model(Model):
     def create_instance(self, placement: Placement) -> Instance:
         if placement.name.endswith("_13"):
             raise InvalidArgument("unlucky instance")
+        if placement.name.endswith("_14"):
+            return Complaining()
         return self.instance()
 
 

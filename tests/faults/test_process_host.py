@@ -211,6 +211,17 @@ async def test_instances_that_can_not_all_be_made_leave_those_that_were_there(ba
         await host.until(lambda: child_pids() == processes)
 
 
+async def test_an_instance_that_complains_when_it_is_closed_goes_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with hosted("backend: 'tensors' instance_group { count: 1 kind: KIND_CPU name: 'g' }") as host:
+        await host.model.set_instances([Placement("g_0"), Placement("g_14")])
+        await host.model.set_instances([Placement("g_0")])
+        assert [instance.name for instance in host.model.instances] == ["g_0"]
+        assert (await host.run(1)).values() == [[2, 2]]
+    assert "did not close cleanly: RuntimeError: not yet" in caplog.text
+
+
 async def test_every_request_is_answered_whatever_happens_to_the_worker() -> None:
     sent = answered = 0
     generator = np.random.default_rng(7)

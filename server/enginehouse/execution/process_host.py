@@ -134,7 +134,7 @@ class HostProcess:
         worker = instance.worker
         instance.worker = None
         if worker is not None and worker.alive:
-            await worker.call(lambda call_id: m.Close(call_id, instance.instance_id))
+            await self._tell_quietly(worker, tenant, [partial(_close, instance.instance_id)])
 
     async def _running_worker(self) -> WorkerProcess:
         async with self._starting:  # models that are loaded at once want the same one
@@ -210,6 +210,10 @@ class HostProcess:
             *(partial(_close, instance.instance_id) for instance in tenant.instances if instance.worker is worker),
             partial(_unload, tenant.model_id),
         ]
+        await self._tell_quietly(worker, tenant, calls)
+
+    async def _tell_quietly(self, worker: WorkerProcess, tenant: Tenant, calls: Sequence[Callable[[int], Any]]) -> None:
+        """What goes, goes: a model's complaint is logged, and one that says nothing goes with its process."""
         try:
             for call in calls:
                 try:
