@@ -24,8 +24,8 @@ class OpenCalls:
         """The reply's value. Raises the reply's error, or NoAnswer."""
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._replies[call_id] = reply
-        send()
         try:
+            send()
             return await asyncio.wait_for(reply, timeout_s)
         except TimeoutError:
             raise NoAnswer(f"{what} did not answer within {timeout_s:g} s") from None

@@ -6,13 +6,18 @@ import asyncio
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from enginehouse.frontends.http_message import HttpPush, HttpRequest, HttpResponse, Reply
 from enginehouse.frontends.http_routes import Router
+from enginehouse.frontends.openai.front_end import OpenAIFrontEnd
+from enginehouse.frontends.restricted_apis import RestrictedApis
+from enginehouse.options import ServerOptions
+from enginehouse.types import InferRequest, InferResponse, Tensor
 
 from .little_engine import LetterEngine, letter_server
-from .little_server import Headers, joined
+from .little_server import Headers, joined, little_server
 
 
 class Listener:
@@ -357,3 +362,24 @@ async def test_a_request_brings_a_chat_template_only_where_it_is_trusted(
     found, refusal = await answer(router, "/v1/chat/completions", document)
     assert found == status
     assert trusted or "--trust-request-chat-template" in refusal["error"]["message"]
+
+
+@pytest.mark.asyncio
+async def test_embeddings_of_other_models_have_a_tenant_too() -> None:
+    tenants: list[str] = []
+
+    def embed(request: InferRequest) -> list[InferResponse]:
+        tenants.append(request.tenant)
+        vectors = np.ones((request.inputs["text"].shape[0], 2), np.float32)
+        return [InferResponse([Tensor.from_numpy("embedding", vectors)])]
+
+    config = (
+        'max_batch_size: 4 input { name: "text" data_type: TYPE_STRING dims: [1] } '
+        'output { name: "embedding" data_type: TYPE_FP32 dims: [2] }'
+    )
+    server = little_server({"e": (config, embed)})
+    router = Router(OpenAIFrontEnd(server.core, ServerOptions()).routes(), RestrictedApis(()))
+    document = {"model": "e", "input": ["a", "b"], "user": "ann"}
+    assert (await answer(router, "/v1/embeddings", document))[0] == 200
+    await ask(router, "/v1/embeddings", {**document, "input": "a"}, x_tenant="acme")
+    assert tenants == ["ann", "acme"]

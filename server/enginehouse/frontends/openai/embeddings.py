@@ -49,11 +49,11 @@ class EmbeddingHandler:
             raise BadField("encoding_format", f"'{body.encoding_format}' is neither float nor base64")
         served = await self._embedder(body.model)
         prompts = prompts_of(body.input, "input")
+        tenant = self._tenants.tenant(http.headers.get) or body.user or ""
         if served.generative:
-            tenant = self._tenants.tenant(http.headers.get) or body.user or ""
             vectors, num_tokens = await self._by_engine(served, body, prompts, tenant)
         else:
-            vectors, num_tokens = await self._by_tensors(served, prompts), 0
+            vectors, num_tokens = await self._by_tensors(served, prompts, tenant), 0
         data = [
             {"object": "embedding", "index": index, "embedding": _encoded(_cut(vector, body), body)}
             for index, vector in enumerate(vectors)
@@ -93,7 +93,9 @@ class EmbeddingHandler:
         vectors = [np.frombuffer(event.embedding, dtype="<f4") for event in events]
         return vectors, sum(event.num_prompt_tokens for event in events)
 
-    async def _by_tensors(self, served: ServedVersion, prompts: Sequence[str | list[int]]) -> list[Vector]:
+    async def _by_tensors(
+        self, served: ServedVersion, prompts: Sequence[str | list[int]], tenant: str
+    ) -> list[Vector]:
         texts = [prompt.encode() for prompt in prompts if isinstance(prompt, str)]
         if len(texts) < len(prompts):
             raise BadField("input", f"must be text: the model '{served.name}' takes no token ids")
@@ -105,6 +107,7 @@ class EmbeddingHandler:
                 served.name,
                 inputs={"text": Tensor.from_numpy("text", array)},
                 requested_outputs=("embedding",),
+                tenant=tenant,
             )
             response = await self._core.infer(request)
             if response.error is not None:
