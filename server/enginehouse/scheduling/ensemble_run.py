@@ -107,10 +107,12 @@ class EnsembleRun:
             for path in self._tensors.ready_paths(step.reads, branch):
                 self._start_step(step, path, hold)
         if any(name in outputs for name in updated):
-            for path in self._tensors.ready_paths(outputs, branch):
-                self._answer(path, hold)
+            paths = self._tensors.ready_paths(outputs, branch)
+            for num_left, path in zip(reversed(range(len(paths))), paths, strict=True):
+                self._answer(path, hold, num_left)
 
-    def _answer(self, path: Path, hold: Hold | None) -> None:
+    def _answer(self, path: Path, hold: Hold | None, num_left: int) -> None:
+        """`num_left` more are to be sent at once."""
         outputs: list[Tensor] = []
         sequencing: Sequencing | None = None
         for name in self._plan.outputs:
@@ -120,7 +122,7 @@ class EnsembleRun:
                 outputs.append(fit_output(value, name, dims, self.request.batch_size))
                 sequencing = value.sequencing or sequencing
         self._has_answered = True
-        self._is_over = not self._num_unfinished
+        self._is_over = not self._num_unfinished and not num_left
         if hold is not None and self.request.max_ahead and not self._is_over:
             hold.wait_for_one_more()
             self._untaken.append(hold)

@@ -251,6 +251,23 @@ def test_each_answer_of_a_decoupled_step_runs_the_steps_behind_it() -> None:
     assert [response.final for response in answers.responses] == [False, False, True]
 
 
+def test_a_tensor_that_comes_after_a_whole_stream_completes_all_of_its_answers() -> None:
+    config = ensemble(
+        "IN", "OUT,TWO", step("repeat", {"A": "IN"}, {"B": "OUT"}), step("double", {"A": "IN"}, {"B": "TWO"})
+    )
+    config.model_transaction_policy.decoupled = True
+    core = SmallCore(config, member("repeat", "A", "B"), DOUBLE)
+    answers = core.send(IN=[[10]])
+    repeat, double = core.waiting
+    for value in (1, 2, 3):
+        core.reply(repeat, final=False, B=np.array([[value]]))
+    core.respond(repeat, InferResponse(has_response=False))
+    core.answer(double)
+    assert answers.values("OUT") == [[1], [2], [3]]
+    assert answers.values("TWO") == [[20], [20], [20]]
+    assert [response.final for response in answers.responses] == [False, False, True]
+
+
 def test_a_decoupled_step_without_answers_ends_with_a_bare_final() -> None:
     config = ensemble("IN", "OUT", step("repeat", {"A": "IN"}, {"B": "OUT"}))
     config.model_transaction_policy.decoupled = True
