@@ -113,9 +113,7 @@ class SpanRecorder:
         self._request_spans[span.id] = native
 
     def stamped(self, span: Span, name: str, ns: int) -> None:
-        native = self._request_spans.get(span.id) if name == "INFER_RESPONSE_COMPLETE" else span.root.native
-        if native is not None:
-            native.add_event(name, timestamp=self._export.epoch_ns(ns))
+        span.root.native.add_event(name, timestamp=self._export.epoch_ns(ns))
 
     def tensor(self, span: Span, activity: str, tensor: Tensor) -> None:
         raise AssertionError("bug: this mode has no level TENSORS")

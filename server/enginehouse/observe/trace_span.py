@@ -70,8 +70,8 @@ class Span:
         if self.recorder.level & TraceLevel.TENSORS:
             for tensor in response.outputs:
                 self.recorder.tensor(self, "TENSOR_BACKEND_OUTPUT", tensor)
-        if response.has_response and not response.final:
-            self.stamp("INFER_RESPONSE_COMPLETE")
+        if self.root is self:
+            self.stamp("INFER_RESPONSE_COMPLETE")  # a front end's moment: steps of ensembles have none
         if response.final:
             self.recorder.ended(self, request)
 

@@ -202,8 +202,8 @@ class TestFiles:
         assert {"id": 1, "model_name": "m", "model_version": 7, "request_id": "r1"} in entries
         stamps = [entry["timestamps"][0] for entry in entries if "timestamps" in entry]
         assert [stamp["name"] for stamp in stamps] == [
-            "HTTP_RECV_START", "REQUEST_START", "QUEUE_START", "COMPUTE_START", "COMPUTE_INPUT_END",
-            "COMPUTE_OUTPUT_START", "COMPUTE_END", "REQUEST_END",
+            "HTTP_RECV_START", "REQUEST_START", "INFER_RESPONSE_COMPLETE", "QUEUE_START", "COMPUTE_START",
+            "COMPUTE_INPUT_END", "COMPUTE_OUTPUT_START", "COMPUTE_END", "REQUEST_END",
         ]  # fmt: skip
         tensors = [entry for entry in entries if "tensor" in entry]
         assert tensors[0] == {
@@ -299,7 +299,7 @@ class TestOpenTelemetry:
         }
         assert [event.name for event in model.events] == ["REQUEST_START", "QUEUE_START", "REQUEST_END"]
         assert [event.name for event in compute.events][:2] == ["COMPUTE_START", "COMPUTE_INPUT_END"]
-        assert [event.name for event in root.events] == ["HTTP_RECV_START"]
+        assert [event.name for event in root.events] == ["HTTP_RECV_START", "INFER_RESPONSE_COMPLETE"]
         assert compute.start_time is not None
         assert compute.end_time is not None
         assert compute.end_time > compute.start_time
