@@ -218,6 +218,8 @@ class Server:
             await asyncio.wait([closing], timeout=1.0)
 
     async def _load_models(self) -> dict[str, str]:
+        if not self.options.model_repository:
+            raise StartFailed("creating server: Invalid argument - --model-repository must be specified")
         missing = [root for root in self.options.model_repository if "://" not in root and not Path(root).is_dir()]
         if missing:
             raise StartFailed(f"creating server: Internal - failed to stat file {missing[0]}")

@@ -162,3 +162,10 @@ def test_streams_that_clients_leave_open_do_not_hold_up_the_exit(repository: Pat
         assert error is not None
         assert "Server is stopping" in str(error)
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_a_server_without_a_repository_says_which_flag_is_missing() -> None:
+    with ServerProcess([], wait_ready=False) as server:
+        assert server.process is not None
+        assert server.process.wait(60) == 1
+        assert "error: creating server: Invalid argument - --model-repository must be specified" in server.log
