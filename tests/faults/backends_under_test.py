@@ -151,6 +151,7 @@ class TensorsBackend(Backend):
     def load(self, context: LoadContext) -> Model:
         if context.parameter("die_in_load"):
             os._exit(7)
+        time.sleep(float(context.parameter("load_s") or 0))
         return _Model(Doubling)
 
 

@@ -211,6 +211,18 @@ async def test_instances_that_can_not_all_be_made_leave_those_that_were_there(ba
         await host.until(lambda: child_pids() == processes)
 
 
+async def test_a_process_that_ends_while_it_is_loaded_again_starts_once_more() -> None:
+    slow = "backend: 'tensors' parameters { key: 'load_s' value { string_value: '0.5' } }"
+    async with hosted(slow) as host:
+        pid, known = await host.pid(), child_pids()
+        os.kill(pid, signal.SIGKILL)
+        await host.until(lambda: bool(child_pids() - known))
+        [loading] = child_pids() - known
+        os.kill(loading, signal.SIGKILL)
+        await host.until_ready()
+        assert await host.pid() not in (pid, loading)
+
+
 async def test_an_instance_that_complains_when_it_is_closed_goes_all_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

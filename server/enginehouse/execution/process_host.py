@@ -320,10 +320,15 @@ class HostProcess:
                 await self._load(worker, tenant)
                 tenant.model.on_restarted()
         except EnginehouseError as problem:
+            if self._restarting is not asyncio.current_task():
+                return  # it ended, and the next start is under way
             for tenant in self.tenants:  # so that its end finds whom to count it against
                 for instance in tenant.instances:
                     instance.worker = instance.worker or worker
-            worker.kill(f"could not load its model again: {problem}")
+            if worker.alive:
+                worker.kill(f"could not load its model again: {problem}")
+            else:  # its end found nobody in it yet
+                self._on_end(worker, worker.ended.result())
 
 
 def _close(instance_id: int, call_id: int) -> m.Close:
