@@ -51,6 +51,8 @@ class RankProcess:
         self._runtime = make_runtime(device)
         self._arena = make_arena(self._runtime)
         self._shares: dict[str, _Share] = {}
+        self._unwanted: set[str] = set()
+        """Given up by rank 0 before they were here. The lock guards both while threads load."""
         self._group = join_group(device, rank, world_size, find_store(port, world_size))
         # collectives order what two steps do, so a second one may wait in a real device's stream
         self._unfinished = 1 if device.startswith("cuda") else 0
@@ -73,19 +75,25 @@ class RankProcess:
                 self._do(order)
 
     def _load(self, order: Order) -> None:
-        settings: LlmSettings
-        plan: LlmPlan
-        settings, plan = order.arguments
-        checkpoint = open_checkpoint(settings, None if self._runtime is None else self._runtime.device)
         try:
-            architecture = read_architecture(settings.folder)
-            runner = make_runner(self._runtime, architecture, checkpoint, plan, lambda num_bytes: None, self._group)
-            self._shares[order.key] = _Share(runner)
+            runner = self._load_runner(*order.arguments)
         except Exception as error:
             logger.exception("loading failed")
             self._answer(order, error if isinstance(error, EnginehouseError) else Internal(repr(error)))
-        else:
-            self._answer(order, None)
+            return
+        with self._lock:
+            is_wanted = order.key not in self._unwanted
+            if is_wanted:
+                self._shares[order.key] = _Share(runner)
+        if not is_wanted:
+            runner.close()
+        self._answer(order, None)
+
+    def _load_runner(self, settings: LlmSettings, plan: LlmPlan) -> Runner:
+        checkpoint = open_checkpoint(settings, None if self._runtime is None else self._runtime.device)
+        try:
+            architecture = read_architecture(settings.folder)
+            return make_runner(self._runtime, architecture, checkpoint, plan, lambda num_bytes: None, self._group)
         finally:
             checkpoint.close()
 
@@ -94,9 +102,12 @@ class RankProcess:
             self._pipe.send((order.key, error))
 
     def _do(self, order: Order) -> None:
-        share = self._shares.get(order.key)
+        with self._lock:
+            share = self._shares.get(order.key)
+            if share is None and order.what == "close":
+                self._unwanted.add(order.key)  # it may still be loading here
         if share is None:
-            return  # it could not be loaded here, and rank 0 gives up, too
+            return  # it could not be loaded, and rank 0 gives up, too
         if order.what != "step":
             self._finish(share, 0)
         match order.what:
