@@ -106,8 +106,10 @@ def _write_ours(folder: Path, work: Workload, artifacts: Path, delay_us: int) ->
     target = version / "model.onnx"
     target.unlink(missing_ok=True)
     target.symlink_to(artifacts / f"{work.name}.onnx")
-    one_thread = 'parameters { key: "intra_op_thread_count" value { string_value: "1" } }\n'
-    (folder / "config.pbtxt").write_text(_config(work, "onnxruntime", delay_us, one_thread))
+    # as in the bare loop and in Triton's model.py, whose sessions keep their memory in an arena
+    settings = {"intra_op_thread_count": 1, "enable_mem_arena": 1}
+    texts = (f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n' for key, value in settings.items())
+    (folder / "config.pbtxt").write_text(_config(work, "onnxruntime", delay_us, "".join(texts)))
 
 
 def _write_tritons(folder: Path, work: Workload, artifacts: Path, delay_us: int) -> None:
