@@ -1,6 +1,6 @@
 """Turns a recorded model into a native program: fuses, types and places its values, and runs it.
 
-Values are F (float) or A (what linears read: the program's dtype). Buffers are shared by values that don't
+Values are F (float) or A (what linears read: the program's dtype, or float where the kernels want it). Buffers are shared by values that don't
 live at the same time.
 """
 
@@ -196,7 +196,7 @@ class NativeProgram:
             raise NotNative(f"linear of {type(kernel).__name__}")
         self._parts.append(kernel)
         source = self._values[operation.inputs[0]]
-        if source.is_float and self._dtype != torch.float32:
+        if source.is_float and self._dtype != torch.float32 and not library().float_inputs:
             cast = _Value(source.width, is_float=False, after_select=source.after_select)
             self._place(cast)
             self._add(

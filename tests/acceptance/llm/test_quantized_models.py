@@ -133,7 +133,8 @@ def test_a_native_program_of_codes_equals_the_same_linears_in_torch(
     )
     for one, other in zip(found, expected, strict=True):
         # the same codes and rounded rows; an input that lies between two of 255 steps may fall to either side
-        assert relative_error(one, other) < (0.01 if dtype == torch.float32 else 0.03)
+        # (which one does depends on the width of the processor's vectors: 0.0108 with AVX2)
+        assert relative_error(one, other) < (0.02 if dtype == torch.float32 else 0.03)
 
 
 @pytest.mark.parametrize("name", ["gptq reordered", "awq", "fp8 by block"])

@@ -66,13 +66,13 @@ inline void turn_head(const AttentionShape& a, const float* x, const float* norm
 }
 
 // Token t's q to `queries` [tokens, heads, dim], its k and v into their block.
-template <class W>
-inline void turn_and_write(const Sequences& s, const AttentionShape& a, long t, const float* qkv, W* queries) {
+template <class W, class A>
+inline void turn_and_write(const Sequences& s, const AttentionShape& a, long t, const float* qkv, A* queries) {
   float head[kMaxDim];
   const int position = s.positions[t], token = position % kBlock;
   for (int h = 0; h < a.heads; ++h) {
     turn_head(a, qkv + long(h) * a.dim, a.q_norm, position, head);
-    W* out = queries + (t * a.heads + h) * a.dim;
+    A* out = queries + (t * a.heads + h) * a.dim;
     for (int d = 0; d < a.dim; ++d) put(out + d, head[d]);
   }
   const float *keys = qkv + long(a.heads) * a.dim, *values = keys + long(a.kv_heads) * a.dim;
@@ -85,32 +85,54 @@ inline void turn_and_write(const Sequences& s, const AttentionShape& a, long t, 
   }
 }
 
-// scores[r][0:kBlock] of kRows query rows against one block of keys.
-template <int kRows>
-inline void score_block(const float* const* q, const float* keys, int dim, float (*scores)[kBlock]) {
-  Vec acc[kRows][kBlockVecs] = {};
-  for (int d = 0; d < dim; ++d)
-    for (int v = 0; v < kBlockVecs; ++v) {
-      const Vec key = load(keys + d * kBlock + v * kLanes);
-      for (int r = 0; r < kRows; ++r) acc[r][v] += q[r][d] * key;
-    }
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kBlockVecs; ++v) store(scores[r] + v * kLanes, acc[r][v]);
+// Vectors of sums that kRows rows keep in registers at once, of `most`.
+constexpr int vectors_beside(int rows, int most) {
+  int vectors = most;
+  while (vectors > 1 && vectors * rows > 3 * kTileRows + (kTileRows > 4 ? 8 : 0)) vectors /= 2;
+  return vectors;
 }
-template <int kRows>
-inline void score_block(const bf16* const* q, const bf16* keys, int dim, float (*scores)[kBlock]) {
-  Vec acc[kRows][kBlockVecs] = {};
+
+// scores[r][t0 : t0 + kVecs * kLanes] of kRows query rows against one block of keys.
+template <int kRows, int kVecs>
+inline void score_part(const float* const* q, const float* keys, int dim, int t0, float (*scores)[kBlock]) {
+  Vec acc[kRows][kVecs] = {};
+  for (int d = 0; d < dim; ++d) {
+    Vec key[kVecs];
+    for (int v = 0; v < kVecs; ++v) key[v] = held(load(keys + d * kBlock + t0 + v * kLanes));
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x = splat(q[r][d]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, key[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVecs; ++v) store(scores[r] + t0 + v * kLanes, acc[r][v]);
+}
+template <int kRows, int kVecs, class A>
+inline void score_part(const A* const* q, const bf16* keys, int dim, int t0, float (*scores)[kBlock]) {
+  Vec acc[kRows][kVecs] = {};
   for (int d = 0; d < dim; d += 2)
-    for (int v = 0; v < kBlockVecs; ++v) {
-      const VecBits key = load_bits(keys + d * kBlock + 2 * v * kLanes);
-      for (int r = 0; r < kRows; ++r) {
-        uint32_t pair;
-        std::memcpy(&pair, q[r] + d, 4);
-        acc[r][v] = add_pairs(acc[r][v], key, pair);
+    for (int v = 0; v < kVecs; ++v) {
+      const VecBits key = load_bits(keys + d * kBlock + 2 * (t0 + v * kLanes));
+      if constexpr (std::is_same_v<A, float>) {
+        const Vec low = held(low_half(key)), high = held(high_half(key));
+        for (int r = 0; r < kRows; ++r) acc[r][v] = fma(splat(q[r][d]), low, acc[r][v]);
+        for (int r = 0; r < kRows; ++r) acc[r][v] = fma(splat(q[r][d + 1]), high, acc[r][v]);
+      } else {
+        for (int r = 0; r < kRows; ++r) acc[r][v] = add_pairs(acc[r][v], key, q[r] + d);
       }
     }
   for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kBlockVecs; ++v) store(scores[r] + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVecs; ++v) store(scores[r] + t0 + v * kLanes, acc[r][v]);
+}
+template <int kRows, class A, class W>
+inline void score_block(const A* const* q, const W* keys, int dim, float (*scores)[kBlock]) {
+  if constexpr (kRows > kTileRows) {
+    score_block<kTileRows>(q, keys, dim, scores);
+    score_block<kRows - kTileRows>(q + kTileRows, keys, dim, scores + kTileRows);
+  } else {
+    constexpr int kVecs = vectors_beside(kRows, kBlockVecs);
+    for (int t = 0; t < kBlock; t += kVecs * kLanes) score_part<kRows, kVecs>(q, keys, dim, t, scores);
+  }
 }
 
 // out[r][d0 : d0 + kVecs * kLanes] += weights[r] · values over the first `count` tokens of a block.
@@ -120,17 +142,19 @@ inline void add_values(const float (*weights)[kBlock], const float* values, int 
   Vec acc[kRows][kVecs];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVecs; ++v) acc[r][v] = load(out[r] + d0 + v * kLanes);
-  for (int t = 0; t < count; ++t)
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec value = load(values + t * dim + d0 + v * kLanes);
-      for (int r = 0; r < kRows; ++r) acc[r][v] += weights[r][t] * value;
+  for (int t = 0; t < count; ++t) {
+    Vec value[kVecs];
+    for (int v = 0; v < kVecs; ++v) value[v] = held(load(values + t * dim + d0 + v * kLanes));
+    for (int r = 0; r < kRows; ++r) {
+      const Vec weight = splat(weights[r][t]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(weight, value[v], acc[r][v]);
     }
+  }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVecs; ++v) store(out[r] + d0 + v * kLanes, acc[r][v]);
 }
-template <int kRows, int kVecs>
-inline void add_values(const bf16 (*weights)[kBlock], const bf16* values, int dim, int d0, int count,
-                       float* const* out) {
+template <int kRows, int kVecs, class A>
+inline void add_values(const A (*weights)[kBlock], const bf16* values, int dim, int d0, int count, float* const* out) {
   Vec acc[kRows][kVecs];
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVecs; ++v) acc[r][v] = load(out[r] + d0 + v * kLanes);
@@ -139,21 +163,36 @@ inline void add_values(const bf16 (*weights)[kBlock], const bf16* values, int di
     const uint32_t keep = t + 1 < count ? 0xffffffffu : 0xffffu;
     for (int v = 0; v < kVecs; ++v) {
       const VecBits value = load_bits(values + t * dim + 2 * (d0 + v * kLanes)) & keep;
-      for (int r = 0; r < kRows; ++r) {
-        uint32_t pair;
-        std::memcpy(&pair, weights[r] + t, 4);
-        acc[r][v] = add_pairs(acc[r][v], value, pair);
+      if constexpr (std::is_same_v<A, float>) {
+        const Vec low = held(low_half(value)), high = held(high_half(value));
+        for (int r = 0; r < kRows; ++r) acc[r][v] = fma(splat(weights[r][t]), low, acc[r][v]);
+        for (int r = 0; r < kRows; ++r) acc[r][v] = fma(splat(weights[r][t + 1]), high, acc[r][v]);
+      } else {
+        for (int r = 0; r < kRows; ++r) acc[r][v] = add_pairs(acc[r][v], value, weights[r] + t);
       }
     }
   }
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVecs; ++v) store(out[r] + d0 + v * kLanes, acc[r][v]);
 }
+template <int kRows, class A, class W>
+inline void add_block(const A (*weights)[kBlock], const W* values, int dim, int count, float* const* out) {
+  if constexpr (kRows > kTileRows) {
+    add_block<kTileRows>(weights, values, dim, count, out);
+    add_block<kRows - kTileRows>(weights + kTileRows, values, dim, count, out + kTileRows);
+  } else {
+    constexpr int kVecs = vectors_beside(kRows, 4);
+    int d = 0;
+    for (; d + kVecs * kLanes <= dim; d += kVecs * kLanes)
+      add_values<kRows, kVecs>(weights, values, dim, d, count, out);
+    for (; d < dim; d += kLanes) add_values<kRows, 1>(weights, values, dim, d, count, out);
+  }
+}
 
 // Rows that pass the blocks of one kv head together, and what they have gathered so far.
-template <class W>
+template <class A>
 struct RowTile {
-  const W* q[kRowTile];
+  const A* q[kRowTile];
   int position[kRowTile];
   float* out[kRowTile];  // [dim] weighted sum so far
   float highest[kRowTile], total[kRowTile];
@@ -161,8 +200,8 @@ struct RowTile {
 };
 
 // Scores to weights e^(score - highest), for one row and block. Gives what older sums shrink by.
-template <class W>
-inline float weigh(const AttentionShape& a, int position, int start, float* scores, W* weights, float* highest,
+template <class A>
+inline float weigh(const AttentionShape& a, int position, int start, float* scores, A* weights, float* highest,
                    float* total) {
   constexpr float kNever = -std::numeric_limits<float>::infinity();
   const int newest = position - start, oldest = a.window ? newest - a.window + 1 : 0;
@@ -189,11 +228,12 @@ inline float weigh(const AttentionShape& a, int position, int start, float* scor
   return shrink;
 }
 
-template <class W, int kRows>
-inline void pass_block(const AttentionShape& a, const W* keys, int start, RowTile<W>& rows) {
+template <int kRows, class A, class W>
+inline void pass_block_rows(const AttentionShape& a, const W* keys, int start, RowTile<A>& rows) {
+  if constexpr (kRows > 1)
+    if (rows.rows < kRows) return pass_block_rows<kRows - 1>(a, keys, start, rows);
   alignas(64) float scores[kRows][kBlock];
-  alignas(64) W weights[kRows][kBlock];
-  const W* values = keys + long(a.dim) * kBlock;
+  alignas(64) A weights[kRows][kBlock];
   score_block<kRows>(rows.q, keys, a.dim, scores);
   for (int r = 0; r < kRows; ++r) {
     const float shrink =
@@ -202,45 +242,32 @@ inline void pass_block(const AttentionShape& a, const W* keys, int start, RowTil
       for (int d = 0; d < a.dim; d += kLanes) store(rows.out[r] + d, load(rows.out[r] + d) * shrink);
   }
   const int count = std::min(kBlock, rows.last_position + 1 - start);
-  constexpr int kWide = kRows <= 4 ? 4 : 2;
-  int d = 0;
-  for (; d + kWide * kLanes <= a.dim; d += kWide * kLanes)
-    add_values<kRows, kWide>(weights, values, a.dim, d, count, rows.out);
-  for (; d < a.dim; d += kLanes) add_values<kRows, 1>(weights, values, a.dim, d, count, rows.out);
+  add_block<kRows>(weights, keys + long(a.dim) * kBlock, a.dim, count, rows.out);
 }
 
-template <class W>
-inline void pass_block(const AttentionShape& a, const W* keys, int start, RowTile<W>& rows) {
-  switch (rows.rows) {
-    case 1: return pass_block<W, 1>(a, keys, start, rows);
-    case 2: return pass_block<W, 2>(a, keys, start, rows);
-    case 3: return pass_block<W, 3>(a, keys, start, rows);
-    case 4: return pass_block<W, 4>(a, keys, start, rows);
-    case 5: return pass_block<W, 5>(a, keys, start, rows);
-    case 6: return pass_block<W, 6>(a, keys, start, rows);
-    case 7: return pass_block<W, 7>(a, keys, start, rows);
-    default: return pass_block<W, 8>(a, keys, start, rows);
-  }
+template <class A, class W>
+inline void pass_block(const AttentionShape& a, const W* keys, int start, RowTile<A>& rows) {
+  pass_block_rows<kRowTile>(a, keys, start, rows);
 }
 
 // A piece of work: row tiles of one sequence that walk its blocks together. Either several kv heads of few
 // queries, or one kv head and many queries: what they share is read once.
-template <class W>
+template <class A, class W>
 struct Attention {
   const Sequences& s;
   const AttentionShape& a;
-  const W* queries;  // [tokens, heads, dim]
-  W* out;            // [tokens, out_stride]
+  const A* queries;  // [tokens, heads, dim]
+  A* out;            // [tokens, out_stride]
   long out_stride;
   int num_tiles = 0;
-  RowTile<W> tiles[kItemTiles];
+  RowTile<A> tiles[kItemTiles];
   alignas(64) float sums[kItemTiles * kRowTile * kMaxDim];
 
-  Attention(const Sequences& sequences, const AttentionShape& shape, const W* from, W* to, long stride)
+  Attention(const Sequences& sequences, const AttentionShape& shape, const A* from, A* to, long stride)
       : s(sequences), a(shape), queries(from), out(to), out_stride(stride) {}
 
   void add_tile(int kv_head, long first, int count, int head, int num_heads) {
-    RowTile<W>& tile = tiles[num_tiles];
+    RowTile<A>& tile = tiles[num_tiles];
     tile.rows = 0;
     tile.kv_head = kv_head;
     const int group = a.heads / a.kv_heads;
@@ -268,7 +295,7 @@ struct Attention {
     begin = a.window ? std::max(0, begin - a.window + 1) / kBlock * kBlock : 0;
     for (int start = begin; start <= end; start += kBlock)
       for (int i = 0; i < num_tiles; ++i) {
-        RowTile<W>& tile = tiles[i];
+        RowTile<A>& tile = tiles[i];
         const bool seen = start <= tile.last_position && (!a.window || start + kBlock > tile.first_position - a.window + 1);
         if (seen) pass_block(a, block_of<W>(s, a, slot, start / kBlock, tile.kv_head), start, tile);
       }
@@ -279,7 +306,7 @@ struct Attention {
     for (int i = 0; i < num_tiles; ++i)
       for (int r = 0; r < tiles[i].rows; ++r) {
         const long at = tiles[i].q[r] - queries, token = at / (long(a.heads) * a.dim);
-        W* to = out + token * out_stride + at % (long(a.heads) * a.dim);
+        A* to = out + token * out_stride + at % (long(a.heads) * a.dim);
         const Vec scale = splat(1.0f / tiles[i].total[r]);
         for (int d = 0; d < a.dim; d += kLanes) store_as(to + d, load(tiles[i].out[r] + d) * scale);
       }

@@ -18,7 +18,7 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 _SOURCES = ("program.cpp", "attention.hpp", "coded.hpp", "linear.hpp", "rows.hpp", "simd.hpp", "threads.hpp")
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 _COMPILERS = ("c++", "g++", "clang++")
 
 logger = logging.getLogger(__name__)

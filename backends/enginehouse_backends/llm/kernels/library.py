@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from enginehouse_backends.llm.kernels.build import kernel_library
 
-_VERSION = 2
+_VERSION = 3
 
 
 class Kind(IntEnum):
@@ -106,6 +106,8 @@ class Library:
         self.lanes = int(functions.eh_lanes())
         self.block_size = int(functions.eh_block_size())
         self.max_dim = int(functions.eh_max_dim())
+        self.float_inputs = bool(functions.eh_float_inputs())
+        """Whether bfloat16 weights are multiplied with floats here, not with bfloat16."""
         self.num_threads = 0
         self._team = Turns()
         """Whose turn it is to use the team of threads: models that run, and one that is being packed."""

@@ -16,7 +16,8 @@ enum Kind : int32_t {
 };
 enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
-// Strides are in elements. F buffers hold float, A buffers the program's type. Unused fields are zero.
+// Strides are in elements. F buffers hold float, A buffers what the program's
+// weights (W) are multiplied with. Unused fields are zero.
 struct Operation {
   int32_t kind, wanted_rows;
   int64_t n, k;
@@ -64,9 +65,8 @@ inline Cut cut_linear(const Operation& o, long rows, int threads) {
   if (rows > 64) {
     cut.rows_each = 64;
     cut.row_blocks = (rows + 63) / 64;
-  } else {
-    cut.groups_each = std::max(1L, groups / (8L * threads));
   }
+  cut.groups_each = std::clamp(groups * cut.row_blocks / (8L * threads), 1L, groups);
   cut.chunks = (groups + cut.groups_each - 1) / cut.groups_each * cut.row_blocks;
   return cut;
 }
@@ -100,15 +100,13 @@ inline Cut cut_of(const Operation& o, const Step& step, int threads) {
   return {rows, (rows + each - 1) / each, 1, 1, each};
 }
 
-template <class A>
+template <class A, class W>
 void linear_chunk(const Operation& o, const Cut& cut, long chunk) {
   const long first = chunk / cut.row_blocks * cut.groups_each, row = chunk % cut.row_blocks * cut.rows_each;
   const long stop = std::min(num_groups(o.n), first + cut.groups_each);
-  for (long g = first; g < stop; ++g)
-    linear_group(static_cast<const A*>(o.input) + row * o.input_stride, o.input_stride,
-                 static_cast<const A*>(o.weight), o.n, o.k, g, std::min(cut.rows_each, cut.rows - row),
-                 static_cast<float*>(o.output) + row * o.output_stride + g * kGroup, o.output_stride,
-                 o.bias ? o.bias + g * kGroup : nullptr);
+  linear_groups(static_cast<const A*>(o.input) + row * o.input_stride, o.input_stride,
+                static_cast<const W*>(o.weight), o.n, o.k, first, stop, std::min(cut.rows_each, cut.rows - row),
+                static_cast<float*>(o.output) + row * o.output_stride, o.output_stride, o.bias);
 }
 
 inline void coded_chunk(const Operation& o, const Cut& cut, long chunk) {
@@ -132,14 +130,14 @@ inline AttentionShape shape_of(const Operation& o) {
           o.rope,  o.q_norm, o.k_norm};
 }
 
-template <class A>
+template <class A, class W>
 void attend_chunk(const Operation& o, const Step& step, int parts, long chunk) {
   const int32_t* item = step.items + chunk / parts * 3;
   const int slot = step.sequences.slots[item[0]], group = o.heads / o.kv_heads;
   const int each = o.kv_heads / parts, first_head = int(chunk % parts) * each;
   const AttentionShape shape = shape_of(o);
-  Attention<A> work(step.sequences, shape, static_cast<const A*>(o.input), static_cast<A*>(o.output),
-                    o.output_stride);
+  Attention<A, W> work(step.sequences, shape, static_cast<const A*>(o.input), static_cast<A*>(o.output),
+                       o.output_stride);
   for (int head = 0; head < group; head += kRowTile) {
     const int some = std::min(kRowTile, group - head), queries = kRowTile / some;
     for (int done = 0; done < item[2]; done += queries)
@@ -151,7 +149,7 @@ void attend_chunk(const Operation& o, const Step& step, int parts, long chunk) {
   if (work.num_tiles) work.walk(slot);
 }
 
-template <class A>
+template <class A, class W>
 void row_operation(const Operation& o, const Step& step, long row) {
   const float* x = static_cast<const float*>(o.input) + row * o.input_stride;
   float* f = static_cast<float*>(o.output) + row * o.output_stride;
@@ -160,7 +158,7 @@ void row_operation(const Operation& o, const Step& step, long row) {
   switch (o.kind) {
     case kEmbed: {
       const long token = step.sequences.tokens[row];
-      const A* table = static_cast<const A*>(o.weight);
+      const W* table = static_cast<const W*>(o.weight);
       if (o.choice) return embed_packed(table, o.k, o.n, token, o.number, f);
       return embed_plain(table, o.n, token, o.number, f);
     }
@@ -172,7 +170,7 @@ void row_operation(const Operation& o, const Step& step, long row) {
       const float* weight = static_cast<const float*>(o.weight);
       return o.choice ? rms_norm(x, weight, o.epsilon, o.n, f) : rms_norm(x, weight, o.epsilon, o.n, a);
     }
-    case kTurn: return turn_and_write(step.sequences, shape_of(o), row, x, static_cast<A*>(o.output));
+    case kTurn: return turn_and_write<W>(step.sequences, shape_of(o), row, x, static_cast<A*>(o.output));
     case kGated: return gated(Activation(o.choice), x, o.n, a);
     case kAdd: return add_rows(x, y, o.n, f);
     case kSelect: {
@@ -196,17 +194,17 @@ void row_operation(const Operation& o, const Step& step, long row) {
   }
 }
 
-template <class A>
+template <class A, class W>
 void run_chunk(const Operation& o, const Step& step, const Cut& cut, long chunk) {
-  if (o.kind == kLinear) return linear_chunk<A>(o, cut, chunk);
+  if (o.kind == kLinear) return linear_chunk<A, W>(o, cut, chunk);
   if (o.kind == kCoded) return coded_chunk(o, cut, chunk);
-  if (o.kind == kAttend) return attend_chunk<A>(o, step, int(cut.chunks / std::max<long>(1, step.num_items)), chunk);
+  if (o.kind == kAttend) return attend_chunk<A, W>(o, step, int(cut.chunks / std::max<long>(1, step.num_items)), chunk);
   const long stop = std::min(cut.rows, (chunk + 1) * cut.rows_each);
-  for (long row = chunk * cut.rows_each; row < stop; ++row) row_operation<A>(o, step, row);
+  for (long row = chunk * cut.rows_each; row < stop; ++row) row_operation<A, W>(o, step, row);
 }
 
 // A step of a program as a team's job: an operation is a stage.
-template <class A>
+template <class A, class W>
 struct StepJob {
   const Program* program;
   Step step;
@@ -214,7 +212,7 @@ struct StepJob {
   long chunks(long i) const { return cut_of(program->operations[i], step, threads).chunks; }
   void work(long i, long chunk) const {
     const Operation& o = program->operations[i];
-    run_chunk<A>(o, step, cut_of(o, step, threads), chunk);
+    run_chunk<A, W>(o, step, cut_of(o, step, threads), chunk);
   }
 };
 
@@ -285,10 +283,12 @@ using namespace eh;
 
 extern "C" {
 
-int eh_version() { return 2; }
+int eh_version() { return 3; }
 int eh_lanes() { return kLanes; }
 int eh_block_size() { return kBlock; }
 int eh_max_dim() { return kMaxDim; }
+// Whether bf16 weights are multiplied with floats: A is float in every program.
+int eh_float_inputs() { return sizeof(BesideBf16) == sizeof(float); }
 
 // Threads of all programs of the process. Call again to change the number, never while a program runs.
 void eh_start(int num_threads) {
@@ -345,8 +345,8 @@ void eh_program_run(void* pointer, const Step* step, int threads) {
   const int some = std::min(threads, team()->size());
   const long count = long(program.operations.size());
   if (program.type == kFloat32)
-    team()->run(some, count, StepJob<float>{&program, *step, some});
+    team()->run(some, count, StepJob<float, float>{&program, *step, some});
   else
-    team()->run(some, count, StepJob<bf16>{&program, *step, some});
+    team()->run(some, count, StepJob<BesideBf16, bf16>{&program, *step, some});
 }
 }

@@ -13,7 +13,7 @@ inline float mean_square(const float* x, long n) {
   long i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const Vec v = load(x + i);
-    acc += v * v;
+    acc = fma(v, v, acc);
   }
   float rest = 0;
   for (; i < n; ++i) rest += x[i] * x[i];
