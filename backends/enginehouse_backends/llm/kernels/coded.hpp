@@ -130,6 +130,11 @@ inline VecInt add_products(VecInt sums, Bytes codes, const int8_t* four) {
 template <int kBits, int kRows>
 inline void unit_sums(VecInt* sums, const uint8_t* codes, const Unit* x, long x_stride) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  // held: a compiler would put off all sums of a unit, and run out of registers
+  const auto held = [](__m256i v) {
+    asm("" : "+x"(v));
+    return v;
+  };
   const auto four = [&](int row, int start) {
     int32_t values;
     std::memcpy(&values, x[row * x_stride].values + start, 4);
@@ -146,9 +151,9 @@ inline void unit_sums(VecInt* sums, const uint8_t* codes, const Unit* x, long x_
         const __m256i packed = _mm256_loadu_si256((const __m256i*)(codes + s * 64 + half * 32));
         const __m256i below = _mm256_and_si256(packed, low), above = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low);
         for (int r = 0; r < kRows; ++r)
-          found[r] = _mm256_add_epi16(found[r], _mm256_maddubs_epi16(below, four(r, s * 8)));
+          found[r] = held(_mm256_add_epi16(found[r], _mm256_maddubs_epi16(below, four(r, s * 8))));
         for (int r = 0; r < kRows; ++r)
-          found[r] = _mm256_add_epi16(found[r], _mm256_maddubs_epi16(above, four(r, s * 8 + 4)));
+          found[r] = held(_mm256_add_epi16(found[r], _mm256_maddubs_epi16(above, four(r, s * 8 + 4))));
       }
       for (int r = 0; r < kRows; ++r) found[r] = _mm256_madd_epi16(found[r], ones);
     } else {
@@ -159,7 +164,7 @@ inline void unit_sums(VecInt* sums, const uint8_t* codes, const Unit* x, long x_
         const __m256i size = _mm256_abs_epi8(less);
         for (int r = 0; r < kRows; ++r) {
           const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four(r, s * 4), less));
-          found[r] = _mm256_add_epi32(found[r], _mm256_madd_epi16(pairs, ones));
+          found[r] = held(_mm256_add_epi32(found[r], _mm256_madd_epi16(pairs, ones)));
         }
       }
     }
