@@ -1,7 +1,7 @@
 """Turns a recorded model into a native program: fuses, types and places its values, and runs it.
 
-Values are F (float) or A (what linears read: the program's dtype, or float where the kernels want it). Buffers are shared by values that don't
-live at the same time.
+Values are F (float) or A (what linears read: the program's dtype, or float where the kernels want it). Buffers
+are shared by values that don't live at the same time.
 """
 
 from __future__ import annotations
