@@ -88,7 +88,7 @@ inline void turn_and_write(const Sequences& s, const AttentionShape& a, long t, 
 // Vectors of sums that kRows rows keep in registers at once, of `most`.
 constexpr int vectors_beside(int rows, int most) {
   int vectors = most;
-  while (vectors > 1 && vectors * rows > 3 * kTileRows + (kTileRows > 4 ? 8 : 0)) vectors /= 2;
+  while (vectors > 1 && vectors * rows > 3 * kTileRows) vectors /= 2;
   return vectors;
 }
 
@@ -228,10 +228,10 @@ inline float weigh(const AttentionShape& a, int position, int start, float* scor
   return shrink;
 }
 
-template <int kRows, class A, class W>
-inline void pass_block_rows(const AttentionShape& a, const W* keys, int start, RowTile<A>& rows) {
+template <int kRows = kRowTile, class A, class W>
+inline void pass_block(const AttentionShape& a, const W* keys, int start, RowTile<A>& rows) {
   if constexpr (kRows > 1)
-    if (rows.rows < kRows) return pass_block_rows<kRows - 1>(a, keys, start, rows);
+    if (rows.rows < kRows) return pass_block<kRows - 1>(a, keys, start, rows);
   alignas(64) float scores[kRows][kBlock];
   alignas(64) A weights[kRows][kBlock];
   score_block<kRows>(rows.q, keys, a.dim, scores);
@@ -243,11 +243,6 @@ inline void pass_block_rows(const AttentionShape& a, const W* keys, int start, R
   }
   const int count = std::min(kBlock, rows.last_position + 1 - start);
   add_block<kRows>(weights, keys + long(a.dim) * kBlock, a.dim, count, rows.out);
-}
-
-template <class A, class W>
-inline void pass_block(const AttentionShape& a, const W* keys, int start, RowTile<A>& rows) {
-  pass_block_rows<kRowTile>(a, keys, start, rows);
 }
 
 // A piece of work: row tiles of one sequence that walk its blocks together. Either several kv heads of few

@@ -130,11 +130,6 @@ inline VecInt add_products(VecInt sums, Bytes codes, const int8_t* four) {
 template <int kBits, int kRows>
 inline void unit_sums(VecInt* sums, const uint8_t* codes, const Unit* x, long x_stride) {
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-  // held: a compiler would put off all sums of a unit, and run out of registers
-  const auto held = [](__m256i v) {
-    asm("" : "+x"(v));
-    return v;
-  };
   const auto four = [&](int row, int start) {
     int32_t values;
     std::memcpy(&values, x[row * x_stride].values + start, 4);

@@ -66,20 +66,13 @@ inline void tile(const float* a, long lda, const float* b, long k, float* c, lon
 inline Vec low_half(VecBits pairs) { return (Vec)(pairs << 16); }
 inline Vec high_half(VecBits pairs) { return (Vec)(pairs & 0xffff0000u); }
 
-inline Vec add_pairs(Vec acc, VecBits weights, const bf16* x) {
 #if defined(__AVX512BF16__)
+inline Vec add_pairs(Vec acc, VecBits weights, const bf16* x) {
   uint32_t pair;
   std::memcpy(&pair, x, 4);
   return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(int(pair)));
-#else
-  acc = fma(low_half(weights), splat(to_float(x[0])), acc);
-  return fma(high_half(weights), splat(to_float(x[1])), acc);
+}
 #endif
-}
-inline Vec add_pairs(Vec acc, VecBits weights, const float* x) {
-  acc = fma(low_half(weights), splat(x[0]), acc);
-  return fma(high_half(weights), splat(x[1]), acc);
-}
 
 template <int kRows, int kVecs, bool kOwn, class A>
 inline void tile(const A* a, long lda, const bf16* b, long k, float* c, long ldc, bool first, Ahead ahead) {
@@ -189,9 +182,9 @@ inline void linear_groups(const A* x, long lda, const W* weights, long n, long k
     }
   }
   if (!bias) return;
-  const long last = first * kGroup + (stop - first) * kGroup;
+  const long last = std::min(stop * kGroup, padded(n));
   for (long row = 0; row < rows; ++row)
-    for (long i = first * kGroup; i < last && i < padded(n); i += kLanes)
+    for (long i = first * kGroup; i < last; i += kLanes)
       store(y + row * ldy + i, load(y + row * ldy + i) + load(bias + i));
 }
 

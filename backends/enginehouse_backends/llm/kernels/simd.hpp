@@ -69,8 +69,10 @@ inline Vec splat(float x) {
   return out;
 #endif
 }
-// A value that stays in a register: compilers would read it from memory again for each use.
-inline Vec held(Vec v) {
+// A vector that stays in a register, computed here: compilers would read it from memory again for each use, or put off
+// sums until they run out of registers.
+template <class V>
+inline V held(V v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
 #elif defined(__AVX__)
