@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -84,6 +85,28 @@ async def test_a_nursery_that_does_not_start_in_time_is_done_without(
         child, channel = await spawner.spawn(Launch(), ["solo"])
         assert psutil.Process().children() == [psutil.Process(child.pid)]
         assert end(child, channel) == "exited with status 0"
+
+
+@pytest.mark.asyncio
+async def test_a_worker_that_was_forked_too_late_has_no_part_in_the_channel(
+    spawner: Spawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take half of the messages of the one that was started in its place."""
+    forked: list[int] = []
+
+    async def too_late(*arguments: object) -> int:
+        forked.append(await Spawner._forked(*arguments))  # type: ignore[arg-type]
+        raise TimeoutError
+
+    await spawner.prepare(Launch())
+    monkeypatch.setattr(spawner, "_forked", too_late)
+    child, channel = await spawner.spawn(Launch(), ["solo"])
+    assert forked != [child.pid]
+    for late in forked:
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(late).wait(timeout=5)
+    assert psutil.Process(child.pid).is_running()
+    assert end(child, channel) == "exited with status 0"
 
 
 @pytest.mark.asyncio

@@ -32,8 +32,8 @@ _BOOTSTRAP = (
     "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 )
 NURSERY_TIMEOUT_S = 20.0
-FORK_TIMEOUT_S = 2.0
-"""A fork takes milliseconds; a nursery that takes longer is done without."""
+FORK_TIMEOUT_S = 10.0
+"""A fork takes milliseconds, on a machine that is overrun seconds; a nursery that takes longer is done without."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 _logger = logging.getLogger("enginehouse.execution")
@@ -110,6 +110,10 @@ class Spawner:
         try:
             child = await self._from_nursery(theirs, arguments) if launch.is_plain else None
             if child is None:
+                # Not the same channel: the nursery may have forked all the same, and two would share its messages.
+                ours.close()
+                theirs.close()
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
                 child = _fresh_interpreter(launch, theirs, arguments)
         except BaseException:
             ours.close()
@@ -185,8 +189,10 @@ class Spawner:
         return nursery, ours
 
     def _abandon_nursery(self) -> None:
-        if self._nursery is not None:
-            self._nursery.kill()
+        """A worker that it forked too late ends with it, or, if it leads a group already, with its channel."""
+        _be_subreaper(False)
+        if self._nursery is not None and self._nursery.poll() is None:
+            os.killpg(self._nursery.pid, signal.SIGKILL)
         self.close()
 
 
