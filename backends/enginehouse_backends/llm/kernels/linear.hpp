@@ -158,10 +158,10 @@ inline void linear_vecs(const A* x, long lda, const W* b, long depth, long rows,
   }
 }
 
-// Groups first … stop - 1 of the outputs for `rows` rows. x: [rows, lda], y: [rows, ldy], bias: at output 0.
+// Groups first … stop - 1 of the outputs for `rows` rows. x: [rows, lda], y: [rows, ldy].
 template <class A, class W>
 inline void linear_groups(const A* x, long lda, const W* weights, long n, long k, long first, long stop, long rows,
-                          float* y, long ldy, const float* bias) {
+                          float* y, long ldy) {
   const long depth = padded_depth(k);
   const long fitting = kInputBytes / (rows * long(sizeof(A))) / kDepth * kDepth;
   const long slice = rows <= kTileRows ? depth : std::max(fitting, kDepth);
@@ -181,7 +181,9 @@ inline void linear_groups(const A* x, long lda, const W* weights, long n, long k
         linear_vecs<1>(x + start, lda, b, count, rows, out, ldy, start == 0, next);
     }
   }
-  if (!bias) return;
+}
+
+inline void add_bias(const float* bias, long n, long first, long stop, long rows, float* y, long ldy) {
   const long last = std::min(stop * kGroup, padded(n));
   for (long row = 0; row < rows; ++row)
     for (long i = first * kGroup; i < last; i += kLanes)

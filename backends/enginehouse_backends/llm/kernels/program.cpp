@@ -7,6 +7,7 @@
 #include "attention.hpp"
 #include "coded.hpp"
 #include "threads.hpp"
+#include "tiles.hpp"
 
 namespace eh {
 
@@ -59,7 +60,35 @@ struct Cut {
   long rows, chunks, groups_each, row_blocks, rows_each;
 };
 
+// Whether a program's linears are multiplied by tiles.
+template <class A>
+inline bool by_tiles() {
+#if defined(EH_TILES)
+  return std::is_same_v<A, bf16> && has_tiles();
+#else
+  return false;
+#endif
+}
+
+// Tiles are done with weights faster than memory brings them: all rows whose inputs the second cache holds pass a
+// group together.
+inline Cut cut_tiles(const Operation& o, long rows, int threads) {
+  constexpr long kInputs = 1 << 19;  // a mebibyte
+  Cut cut{rows, 0, 1, 1, rows};
+  const long groups = num_groups(o.n), fitting = std::max(64L, kInputs / padded_depth(o.k) / 32 * 32);
+  if (rows > fitting) {
+    cut.row_blocks = (rows + fitting - 1) / fitting;
+    cut.rows_each = ((rows + cut.row_blocks - 1) / cut.row_blocks + 31) / 32 * 32;
+    cut.row_blocks = (rows + cut.rows_each - 1) / cut.rows_each;
+  }
+  if (rows <= 32) cut.groups_each = std::clamp(groups / (8L * threads), 1L, groups);
+  cut.chunks = (groups + cut.groups_each - 1) / cut.groups_each * cut.row_blocks;
+  return cut;
+}
+
+template <class A>
 inline Cut cut_linear(const Operation& o, long rows, int threads) {
+  if (by_tiles<A>()) return cut_tiles(o, rows, threads);
   Cut cut{rows, 0, 1, 1, rows};
   const long groups = num_groups(o.n);
   if (rows > 64) {
@@ -91,9 +120,10 @@ inline Cut cut_coded(const Operation& o, long rows, int threads) {
   return cut;
 }
 
+template <class A>
 inline Cut cut_of(const Operation& o, const Step& step, int threads) {
   const long rows = o.wanted_rows ? step.num_wanted : step.num_tokens;
-  if (o.kind == kLinear) return cut_linear(o, rows, threads);
+  if (o.kind == kLinear) return cut_linear<A>(o, rows, threads);
   if (o.kind == kCoded) return cut_coded(o, rows, threads);
   if (o.kind == kAttend) return {rows, step.num_items * head_parts(o, step, threads), 1, 1, 1};
   const long each = std::max(1L, rows / (4L * threads));
@@ -101,12 +131,25 @@ inline Cut cut_of(const Operation& o, const Step& step, int threads) {
 }
 
 template <class A, class W>
+void multiply_groups(const A* x, long lda, const W* weights, long n, long k, long first, long stop, long rows, float* y,
+                     long ldy) {
+#if defined(EH_TILES)
+  if constexpr (std::is_same_v<A, bf16>)
+    if (by_tiles<A>()) return tile_groups(x, lda, weights, n, k, first, stop, rows, y, ldy);
+#endif
+  linear_groups(x, lda, weights, n, k, first, stop, rows, y, ldy);
+}
+
+template <class A, class W>
 void linear_chunk(const Operation& o, const Cut& cut, long chunk) {
   const long first = chunk / cut.row_blocks * cut.groups_each, row = chunk % cut.row_blocks * cut.rows_each;
   const long stop = std::min(num_groups(o.n), first + cut.groups_each);
-  linear_groups(static_cast<const A*>(o.input) + row * o.input_stride, o.input_stride,
-                static_cast<const W*>(o.weight), o.n, o.k, first, stop, std::min(cut.rows_each, cut.rows - row),
-                static_cast<float*>(o.output) + row * o.output_stride, o.output_stride, o.bias);
+  const long rows = std::min(cut.rows_each, cut.rows - row);
+  const A* x = static_cast<const A*>(o.input) + row * o.input_stride;
+  const W* weights = static_cast<const W*>(o.weight);
+  float* y = static_cast<float*>(o.output) + row * o.output_stride;
+  multiply_groups(x, o.input_stride, weights, o.n, o.k, first, stop, rows, y, o.output_stride);
+  if (o.bias) add_bias(o.bias, o.n, first, stop, rows, y, o.output_stride);
 }
 
 inline void coded_chunk(const Operation& o, const Cut& cut, long chunk) {
@@ -209,10 +252,10 @@ struct StepJob {
   const Program* program;
   Step step;
   int threads;
-  long chunks(long i) const { return cut_of(program->operations[i], step, threads).chunks; }
+  long chunks(long i) const { return cut_of<A>(program->operations[i], step, threads).chunks; }
   void work(long i, long chunk) const {
     const Operation& o = program->operations[i];
-    run_chunk<A, W>(o, step, cut_of(o, step, threads), chunk);
+    run_chunk<A, W>(o, step, cut_of<A>(o, step, threads), chunk);
   }
 };
 

@@ -1,0 +1,165 @@
+// y = x W^T for bf16 with the processor's tiles (Intel AMX): an instruction multiplies 16 rows of 32 inputs with 16
+// outputs. Packed weights are what its second operand wants: 16 pairs of inputs of 16 outputs, a pair's outputs of the
+// whole group side by side.
+//
+// A row's sums are built alike whatever the number of rows, but not as the other kernels build them: where there are
+// tiles, all bf16 linears go through here, a single row too.
+#pragma once
+#include "linear.hpp"
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define EH_TILES
+
+namespace eh {
+
+constexpr int kTileSide = 16;        // rows of x, and outputs
+constexpr int kTileInputs = 32;
+constexpr int kTilePairs = kTileInputs / 2;
+
+// The kernel gives a process its tiles' registers when asked; a sandbox may refuse.
+inline bool has_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 5: sums, three vectors of outputs of the first rows and of the second ones; 6: rows of x; 7: weights. With
+// one tile of rows 3 to 5 are the weights.
+inline void shape_tiles(int rows) {
+  TileShapes shapes;
+  const bool two = rows == 2 * kTileSide;
+  for (int i = 0; i < 8; ++i) {
+    shapes.rows[i] = uint8_t(two || (i >= 3 && i != 6) ? kTileSide : rows);
+    shapes.row_bytes[i] = 64;
+  }
+  _tile_loadconfig(&shapes);
+}
+
+// Up to 16 rows with kVecs vectors of outputs. Strides in elements.
+template <int kVecs>
+inline void tiles_one(const bf16* x, long lda, const bf16* b, long b_stride, long steps) {
+  for (long i = 0; i < steps; ++i, x += kTileInputs, b += kTilePairs * b_stride) {
+    _tile_loadd(6, x, lda * 2);
+    _tile_loadd(3, b, b_stride * 2);
+    _tile_dpbf16ps(0, 6, 3);
+    if constexpr (kVecs > 1) {
+      _tile_loadd(4, b + 2 * kTileSide, b_stride * 2);
+      _tile_dpbf16ps(1, 6, 4);
+    }
+    if constexpr (kVecs > 2) {
+      _tile_loadd(5, b + 4 * kTileSide, b_stride * 2);
+      _tile_dpbf16ps(2, 6, 5);
+    }
+  }
+}
+
+// 32 rows: each half passes the weights that the other one has just used.
+template <int kVecs>
+inline void tiles_two(const bf16* x, long lda, const bf16* b, long b_stride, long steps) {
+  const bf16* y = x + kTileSide * lda;
+  for (long i = 0; i < steps; ++i, x += kTileInputs, y += kTileInputs, b += kTilePairs * b_stride) {
+    _tile_loadd(7, b, b_stride * 2);
+    _tile_loadd(6, x, lda * 2);
+    _tile_dpbf16ps(0, 6, 7);
+    if constexpr (kVecs == 1) {
+      _tile_loadd(6, y, lda * 2);
+      _tile_dpbf16ps(3, 6, 7);
+    } else {
+      _tile_loadd(6, y, lda * 2);
+      _tile_dpbf16ps(3, 6, 7);
+      _tile_loadd(7, b + 2 * kTileSide, b_stride * 2);
+      _tile_dpbf16ps(4, 6, 7);
+      _tile_loadd(6, x, lda * 2);
+      _tile_dpbf16ps(1, 6, 7);
+    }
+    if constexpr (kVecs > 2) {
+      _tile_loadd(7, b + 4 * kTileSide, b_stride * 2);
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_loadd(6, y, lda * 2);
+      _tile_dpbf16ps(5, 6, 7);
+    }
+  }
+}
+
+// The inputs that fill no step, with zeros behind them.
+struct LastInputs {
+  alignas(64) bf16 x[2 * kTileSide * kTileInputs], b[kTilePairs * kGroup * 2];
+  LastInputs(const bf16* from, long lda, int rows, const bf16* weights, long b_stride, int inputs) {
+    std::memset(x, 0, sizeof x);
+    std::memset(b, 0, sizeof b);
+    for (int r = 0; r < rows; ++r) std::memcpy(x + r * kTileInputs, from + r * lda, size_t(inputs) * 2);
+    for (int pair = 0; pair < inputs / 2; ++pair)
+      std::memcpy(b + pair * b_stride, weights + pair * b_stride, size_t(b_stride) * 2);
+  }
+};
+
+// All outputs of a group, kVecs vectors, for up to 16 rows or for 32.
+template <int kVecs, bool kTwo>
+inline void tile_outputs(const bf16* x, long lda, const bf16* b, long depth, int rows, float* y, long ldy) {
+  constexpr long b_stride = 2 * kVecs * kTileSide;
+  const auto add = [](const bf16* x, long lda, const bf16* b, long steps) {
+    if constexpr (kTwo) tiles_two<kVecs>(x, lda, b, b_stride, steps);
+    else tiles_one<kVecs>(x, lda, b, b_stride, steps);
+  };
+  _tile_zero(0);
+  if constexpr (kVecs > 1) _tile_zero(1);
+  if constexpr (kVecs > 2) _tile_zero(2);
+  if constexpr (kTwo) _tile_zero(3);
+  if constexpr (kTwo && kVecs > 1) _tile_zero(4);
+  if constexpr (kTwo && kVecs > 2) _tile_zero(5);
+  const long steps = depth / kTileInputs, done = steps * kTileInputs;
+  add(x, lda, b, steps);
+  if (done < depth) {
+    const LastInputs last(x + done, lda, rows, b + done / 2 * b_stride, b_stride, int(depth - done));
+    asm volatile("" ::: "memory");  // compilers don't know what the instructions read
+    add(last.x, kTileInputs, last.b, 1);
+  }
+  float* second = y + kTileSide * ldy;
+  _tile_stored(0, y, ldy * 4);
+  if constexpr (kVecs > 1) _tile_stored(1, y + kTileSide, ldy * 4);
+  if constexpr (kVecs > 2) _tile_stored(2, y + 2 * kTileSide, ldy * 4);
+  if constexpr (kTwo) _tile_stored(3, second, ldy * 4);
+  if constexpr (kTwo && kVecs > 1) _tile_stored(4, second + kTileSide, ldy * 4);
+  if constexpr (kTwo && kVecs > 2) _tile_stored(5, second + 2 * kTileSide, ldy * 4);
+}
+
+template <int kVecs>
+inline void tile_group(const bf16* x, long lda, const bf16* b, long depth, long rows, float* y, long ldy, int& shaped) {
+  for (long row = 0; row < rows;) {
+    const int some = rows - row >= 2 * kTileSide ? 2 * kTileSide : int(std::min<long>(rows - row, kTileSide));
+    if (some != shaped) shape_tiles(some);
+    shaped = some;
+    if (some > kTileSide) tile_outputs<kVecs, true>(x + row * lda, lda, b, depth, some, y + row * ldy, ldy);
+    else tile_outputs<kVecs, false>(x + row * lda, lda, b, depth, some, y + row * ldy, ldy);
+    row += some;
+  }
+}
+
+// As linear_groups.
+inline void tile_groups(const bf16* x, long lda, const bf16* weights, long n, long k, long first, long stop, long rows,
+                        float* y, long ldy) {
+  const long depth = padded_depth(k);
+  int shaped = 0;
+  asm volatile("" ::: "memory");
+  for (long g = first; g < stop; ++g) {
+    const int width = group_width(n, g);
+    const bf16* b = weights + g * kGroup * depth;
+    float* out = y + g * kGroup;
+    if (width == 3 * kLanes) tile_group<3>(x, lda, b, depth, rows, out, ldy, shaped);
+    else if (width == 2 * kLanes) tile_group<2>(x, lda, b, depth, rows, out, ldy, shaped);
+    else tile_group<1>(x, lda, b, depth, rows, out, ldy, shaped);
+  }
+  _tile_release();
+  asm volatile("" ::: "memory");
+}
+
+}  // namespace eh
+#endif
