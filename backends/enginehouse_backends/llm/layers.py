@@ -70,6 +70,8 @@ class LinearSpec:
     in_features: int
     bias: bool = False
     split: Split = Split.NONE
+    paired: bool = False
+    """Two parts of one size, whose outputs are needed in pairs: a kernel may keep those together."""
 
     @property
     def name(self) -> str:
@@ -81,6 +83,8 @@ class LinearKernel(ABC):
 
     out_features: int
     num_bytes: int
+    paired = False
+    """The outputs of its two parts alternate by vectors: only a gated activation can follow."""
 
     @abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -179,9 +183,10 @@ class Linear(Layer):
         in_features: int,
         bias: bool = False,
         split: Split = Split.NONE,
+        paired: bool = False,
     ) -> None:
         self._build = build
-        self.spec = LinearSpec(tuple(parts), in_features, bias, split)
+        self.spec = LinearSpec(tuple(parts), in_features, bias, split, paired)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         for part in self.spec.parts:

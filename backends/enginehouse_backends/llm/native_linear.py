@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
@@ -40,8 +41,9 @@ class NativeMemory:
 class NativeLinear(LinearKernel):
     """Weights [out, in] packed by the library; runs inside a native program only."""
 
-    def __init__(self, dtype: torch.dtype, out_features: int, in_features: int) -> None:
+    def __init__(self, dtype: torch.dtype, out_features: int, in_features: int, paired: bool = False) -> None:
         self.dtype, self.out_features, self.in_features = dtype, out_features, in_features
+        self.paired = paired
         self.num_bytes = library().packed_elements(out_features, in_features) * dtype.itemsize
         self.packed = NativeMemory(self.num_bytes)
         self.bias: torch.Tensor | None = None
@@ -61,6 +63,7 @@ class NativeLinear(LinearKernel):
                 (first_output + start, rows.shape[0]),
                 (self.out_features, self.in_features),
                 self.packed.address,
+                self.paired,
             )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +77,7 @@ def load_native(spec: LinearSpec, checkpoint: Checkpoint, build: Build) -> Linea
     """Reads each part from the file straight into its packed place, and lets go of the file's pages."""
     shares = [read_share(checkpoint, part, spec, build) for part in spec.parts]
     out_features, in_features = sum(share.shape[0] for share in shares), shares[0].shape[1]
-    kernel = NativeLinear(build.dtype, out_features, in_features)
+    kernel = NativeLinear(build.dtype, out_features, in_features, packs_pairs(spec.paired, out_features))
     first = 0
     while shares:
         share = shares.pop(0)
@@ -85,8 +88,18 @@ def load_native(spec: LinearSpec, checkpoint: Checkpoint, build: Build) -> Linea
         _release(checkpoint, part, build)
     if spec.bias:
         shares = [read_bias_share(checkpoint, part, spec, build) for part in spec.parts]
-        kernel.bias = padded_bias(torch.cat(shares))
+        kernel.bias = padded_bias(alternated(shares) if kernel.paired else torch.cat(shares))
     return kernel
+
+
+def packs_pairs(paired: bool, out_features: int) -> bool:
+    """Whether the two parts of such a linear alternate: each has to be a number of whole vectors."""
+    return paired and out_features % (2 * library().lanes) == 0
+
+
+def alternated(halves: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A vector of the first, one of the second, and so on."""
+    return torch.stack([half.reshape(-1, library().lanes) for half in halves], dim=1).flatten()
 
 
 def _release(checkpoint: Checkpoint, part: Part, build: Build) -> None:

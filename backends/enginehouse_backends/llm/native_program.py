@@ -17,7 +17,13 @@ import torch
 from enginehouse_backends.llm.kernels.library import UNIT_BYTES, Kind, NativeOperation, NativeStep, library
 from enginehouse_backends.llm.layers import AttentionLayer, Embedding, Linear, LinearKernel, RmsNorm
 from enginehouse_backends.llm.native_coded import NativeCodedLinear
-from enginehouse_backends.llm.native_linear import NATIVE_TYPES, PACKED_TYPES, NativeLinear, NativeMemory
+from enginehouse_backends.llm.native_linear import (
+    NATIVE_TYPES,
+    PACKED_TYPES,
+    NativeLinear,
+    NativeMemory,
+    packs_pairs,
+)
 from enginehouse_backends.llm.program import NotNative, Operation, Program, Symbol
 from enginehouse_backends.llm.runner import FloatArray, IntArray
 
@@ -160,7 +166,7 @@ class NativeProgram:
             fields |= {"input": inputs[0].address, "input_stride": inputs[0].stride}
         if len(inputs) > 1:
             fields |= {"second": inputs[1].address, "second_stride": inputs[1].stride}
-        kind = "gated" if operation.kind.startswith("gated_") else operation.kind
+        kind = next((kind for kind in ("gated_linear", "gated") if operation.kind.startswith(f"{kind}_")), operation.kind)
         getattr(self, f"_emit_{kind}")(operation, fields)
 
     def _emit_embed(self, operation: Operation, fields: dict[str, Any]) -> None:
@@ -208,6 +214,10 @@ class NativeProgram:
         self._num_weights[fields["wanted_rows"]] += kernel.out_features * kernel.in_features
         bias = self._pointer(kernel.bias)
         self._add(Kind.LINEAR, **fields, k=kernel.in_features, weight=kernel.packed.address, bias=bias)
+
+    def _emit_gated_linear(self, operation: Operation, fields: dict[str, Any]) -> None:
+        width = operation.parts["kernel"].out_features
+        self._emit_linear(operation, {**fields, "n": width, "choice": 1 + _activation(operation)})
 
     def _emit_coded(self, kernel: NativeCodedLinear, operation: Operation, fields: dict[str, Any]) -> None:
         """The rows rounded to 8 bits, then multiplied with the codes."""
@@ -290,6 +300,7 @@ class _Unpacked(LinearKernel):
         if linear.spec.in_features % 2:
             raise NotNative("linear with an odd number of inputs")
         self.out_features = sum(part.out_features for part in linear.spec.parts)
+        self.paired = packs_pairs(linear.spec.paired, self.out_features)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("bug: a model was run while it was being checked")
@@ -298,8 +309,12 @@ class _Unpacked(LinearKernel):
         return x.program.add("linear", self.out_features, (x,), parts={"kernel": self})
 
 
+def _activation_name(operation: Operation) -> str:
+    return operation.kind.removeprefix("gated_").removeprefix("linear_")
+
+
 def _activation(operation: Operation) -> int:
-    kind = operation.kind.removeprefix("gated_")
+    kind = _activation_name(operation)
     if kind not in _ACTIVATIONS:
         raise NotNative(f"activation '{kind}'")
     return _ACTIVATIONS[kind]
@@ -314,7 +329,8 @@ def _check_attention(layer: AttentionLayer) -> None:
 
 
 def _fuse(operations: Sequence[Operation]) -> list[Operation]:
-    """An add followed at once by the norm of its sum becomes one operation (`sum` names the sum's slot)."""
+    """An add followed at once by the norm of its sum becomes one operation (`sum` names the sum's slot), and so do a
+    linear that keeps pairs together and what multiplies them."""
     fused: list[Operation] = []
     for operation in operations:
         last = fused[-1] if fused else None
@@ -326,6 +342,10 @@ def _fuse(operations: Sequence[Operation]) -> list[Operation]:
         ):
             numbers = {**operation.numbers, "sum": float(last.output)}
             fused[-1] = replace(operation, kind="add_norm", inputs=last.inputs, numbers=numbers)
+        elif last is not None and last.kind == "linear" and last.parts["kernel"].paired:
+            assert operation.kind.startswith("gated_") and operation.inputs == (last.output,), "bug: pairs stay alone"
+            kind = f"gated_linear_{_activation_name(operation)}"
+            fused[-1] = replace(operation, kind=kind, inputs=last.inputs, parts=last.parts)
         else:
             fused.append(operation)
     return fused
@@ -337,7 +357,7 @@ def _type_values(operations: Sequence[Operation], widths: Sequence[int]) -> list
     readers: dict[int, set[str]] = {}
     for index, operation in enumerate(operations):
         for slot in operation.inputs:
-            readers.setdefault(slot, set()).add(operation.kind)
+            readers.setdefault(slot, set()).add("linear" if operation.kind.startswith("gated_linear_") else operation.kind)
             values[slot].last_use = index
     for operation in operations:
         out = values[operation.output]

@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from enginehouse_backends.llm.kernels.build import kernel_library
 
-_VERSION = 3
+_VERSION = 4
 
 
 class Kind(IntEnum):
@@ -127,6 +127,7 @@ class Library:
             c_int64,
             c_int64,
             c_void_p,
+            c_int,
         )
         self._coded_linear = _typed(
             functions.eh_coded_linear, None, POINTER(NativeCodes), c_void_p, c_int, c_int64, c_int64, c_void_p,
@@ -163,10 +164,12 @@ class Library:
         outputs: tuple[int, int],
         shape: tuple[int, int],
         packed: int,
+        paired: bool,
     ) -> None:
-        """`kinds`: packed and source type; `source`: address and row stride; `outputs`: first and number."""
+        """`kinds`: packed and source type; `source`: address and row stride; `outputs`: first and number; `paired`:
+        the two halves of the outputs alternate by vectors."""
         with self._team:
-            self._pack(*kinds, *source, *outputs, *shape, packed)
+            self._pack(*kinds, *source, *outputs, *shape, packed, paired)
 
     def coded_linear(
         self, codes: NativeCodes, x: tuple[int, NativeType, int], rows: int, units: int, y: tuple[int, int]

@@ -82,13 +82,10 @@ inline Cut cut_tiles(const Operation& o, long rows, int threads) {
     cut.row_blocks = (rows + cut.rows_each - 1) / cut.rows_each;
   }
   if (rows <= 32) cut.groups_each = std::clamp(groups / (8L * threads), 1L, groups);
-  cut.chunks = (groups + cut.groups_each - 1) / cut.groups_each * cut.row_blocks;
   return cut;
 }
 
-template <class A>
-inline Cut cut_linear(const Operation& o, long rows, int threads) {
-  if (by_tiles<A>()) return cut_tiles(o, rows, threads);
+inline Cut cut_plain(const Operation& o, long rows, int threads) {
   Cut cut{rows, 0, 1, 1, rows};
   const long groups = num_groups(o.n);
   if (rows > 64) {
@@ -96,7 +93,14 @@ inline Cut cut_linear(const Operation& o, long rows, int threads) {
     cut.row_blocks = (rows + 63) / 64;
   }
   cut.groups_each = std::clamp(groups * cut.row_blocks / (8L * threads), 1L, groups);
-  cut.chunks = (groups + cut.groups_each - 1) / cut.groups_each * cut.row_blocks;
+  return cut;
+}
+
+template <class A>
+inline Cut cut_linear(const Operation& o, long rows, int threads) {
+  Cut cut = by_tiles<A>() ? cut_tiles(o, rows, threads) : cut_plain(o, rows, threads);
+  if (o.choice) cut.groups_each = (cut.groups_each + 1) / 2 * 2;  // vectors that belong together, three in a group
+  cut.chunks = (num_groups(o.n) + cut.groups_each - 1) / cut.groups_each * cut.row_blocks;
   return cut;
 }
 
@@ -140,6 +144,30 @@ void multiply_groups(const A* x, long lda, const W* weights, long n, long k, lon
   linear_groups(x, lda, weights, n, k, first, stop, rows, y, ldy);
 }
 
+// A linear whose outputs alternate by vectors, gates and what they gate, and the gated activation of them. The sums
+// don't leave the nearest caches.
+template <class A, class W>
+void gated_groups(const Operation& o, const A* x, const W* weights, long first, long stop, long rows, A* out) {
+  constexpr long kRows = 64, kWidth = 2 * kGroup;
+  alignas(64) static thread_local float sums[kRows * kWidth];
+  const Activation kind = Activation(o.choice - 1);
+  for (long g = first; g < stop; g += 2) {
+    const long end = std::min(stop, g + 2), width = std::min(padded(o.n) - g * kGroup, kWidth);
+    for (long row = 0; row < rows; row += kRows) {
+      const long some = std::min(kRows, rows - row);
+      float* y = sums - g * kGroup;  // where output 0 would be
+      multiply_groups(x + row * o.input_stride, o.input_stride, weights, o.n, o.k, g, end, some, y, kWidth);
+      if (o.bias) add_bias(o.bias, o.n, g, end, some, y, kWidth);
+      for (long r = 0; r < some; ++r) {
+        const float* pairs = sums + r * kWidth;
+        A* to = out + (row + r) * o.output_stride + g * kGroup / 2;
+        for (long i = 0; i < width; i += 2 * kLanes)
+          store_as(to + i / 2, activate(kind, load(pairs + i)) * load(pairs + i + kLanes));
+      }
+    }
+  }
+}
+
 template <class A, class W>
 void linear_chunk(const Operation& o, const Cut& cut, long chunk) {
   const long first = chunk / cut.row_blocks * cut.groups_each, row = chunk % cut.row_blocks * cut.rows_each;
@@ -147,6 +175,8 @@ void linear_chunk(const Operation& o, const Cut& cut, long chunk) {
   const long rows = std::min(cut.rows_each, cut.rows - row);
   const A* x = static_cast<const A*>(o.input) + row * o.input_stride;
   const W* weights = static_cast<const W*>(o.weight);
+  if (o.choice)
+    return gated_groups(o, x, weights, first, stop, rows, static_cast<A*>(o.output) + row * o.output_stride);
   float* y = static_cast<float*>(o.output) + row * o.output_stride;
   multiply_groups(x, o.input_stride, weights, o.n, o.k, first, stop, rows, y, o.output_stride);
   if (o.bias) add_bias(o.bias, o.n, first, stop, rows, y, o.output_stride);
@@ -259,13 +289,21 @@ struct StepJob {
   }
 };
 
+// Where an output is packed: the halves of paired ones alternate by vectors.
+inline long packed_place(long output, long n, bool paired) {
+  if (!paired) return output;
+  const long within = output % (n / 2);
+  return within / kLanes * 2 * kLanes + output / (n / 2) * kLanes + within % kLanes;
+}
+
 template <class W, class S>
-void pack(const S* source, long source_stride, long first_output, long outputs, long n, long k, W* packed) {
+void pack(const S* source, long source_stride, long first_output, long outputs, long n, long k, bool paired, W* packed) {
   // depth by depth, so that the lines that a group's outputs share stay in the cache
   for (long start = 0; start < k; start += 64)
     for (long output = 0; output < outputs; ++output)
       for (long i = start; i < std::min(k, start + 64); ++i)
-        put(packed + packed_index<W>(n, k, first_output + output, i), get(source + output * source_stride + i));
+        put(packed + packed_index<W>(n, k, packed_place(first_output + output, n, paired), i),
+            get(source + output * source_stride + i));
 }
 
 // Packs some outputs, a group a chunk.
@@ -274,20 +312,21 @@ struct PackJob {
   int type;
   const S* source;
   long stride, first, outputs, n, k;
+  bool paired;
   void* packed;
   long chunks(long) const { return (outputs + kGroup - 1) / kGroup; }
   void work(long, long group) const {
     const long from = group * kGroup, some = std::min<long>(kGroup, outputs - from);
     if (type == kFloat32)
-      pack(source + from * stride, stride, first + from, some, n, k, static_cast<float*>(packed));
+      pack(source + from * stride, stride, first + from, some, n, k, paired, static_cast<float*>(packed));
     else
-      pack(source + from * stride, stride, first + from, some, n, k, static_cast<bf16*>(packed));
+      pack(source + from * stride, stride, first + from, some, n, k, paired, static_cast<bf16*>(packed));
   }
 };
 
 template <class S>
-void pack_as(int type, const S* source, long stride, long first, long outputs, long n, long k, void* packed) {
-  team()->run(team()->size(), 1, PackJob<S>{type, source, stride, first, outputs, n, k, packed});
+void pack_as(int type, const S* source, long stride, long first, long outputs, long n, long k, bool paired, void* packed) {
+  team()->run(team()->size(), 1, PackJob<S>{type, source, stride, first, outputs, n, k, paired, packed});
 }
 
 // Rows are rounded, then blocks of outputs multiplied.
@@ -326,7 +365,7 @@ using namespace eh;
 
 extern "C" {
 
-int eh_version() { return 3; }
+int eh_version() { return 4; }
 int eh_lanes() { return kLanes; }
 int eh_block_size() { return kBlock; }
 int eh_max_dim() { return kMaxDim; }
@@ -356,12 +395,13 @@ void eh_free(void* p, int64_t bytes) { munmap(p, size_t(bytes)); }
 
 int64_t eh_packed_elements(int64_t n, int64_t k) { return padded(n) * padded_depth(k); }
 
-// Outputs first … first + outputs - 1 of packed weights [n, k] from rows of `source`.
+// Outputs first … first + outputs - 1 of packed weights [n, k] from rows of `source`. paired: see packed_place.
 void eh_pack(int type, int source_type, const void* source, int64_t stride, int64_t first, int64_t outputs, int64_t n,
-             int64_t k, void* packed) {
-  if (source_type == kFloat32) pack_as(type, static_cast<const float*>(source), stride, first, outputs, n, k, packed);
-  if (source_type == kBfloat16) pack_as(type, static_cast<const bf16*>(source), stride, first, outputs, n, k, packed);
-  if (source_type == kFloat16) pack_as(type, static_cast<const Half*>(source), stride, first, outputs, n, k, packed);
+             int64_t k, void* packed, int paired) {
+  const auto from = [&](const auto* rows) { pack_as(type, rows, stride, first, outputs, n, k, paired != 0, packed); };
+  if (source_type == kFloat32) from(static_cast<const float*>(source));
+  if (source_type == kBfloat16) from(static_cast<const bf16*>(source));
+  if (source_type == kFloat16) from(static_cast<const Half*>(source));
 }
 
 // y: [rows, outputs] = x W^T for weights as codes, outside of a program. `units`: room for rows * units a row.

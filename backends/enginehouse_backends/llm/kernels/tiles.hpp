@@ -25,6 +25,8 @@ inline bool has_tiles() {
   return granted;
 }
 
+constexpr long kAheadElements = 4096;  // weights that are brought before they are needed
+
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -43,10 +45,17 @@ inline void shape_tiles(int rows) {
   _tile_loadconfig(&shapes);
 }
 
+// Brings the weights of a step to a cache.
+template <int kVecs, int kCache>
+inline void prefetch_step(const bf16* b) {
+  for (int line = 0; line < kVecs * kTileSide; ++line) __builtin_prefetch(b + line * 32, 0, kCache);
+}
+
 // Up to 16 rows with kVecs vectors of outputs. Strides in elements.
 template <int kVecs>
 inline void tiles_one(const bf16* x, long lda, const bf16* b, long b_stride, long steps) {
   for (long i = 0; i < steps; ++i, x += kTileInputs, b += kTilePairs * b_stride) {
+    prefetch_step<kVecs, 3>(b + kTilePairs * b_stride);
     _tile_loadd(6, x, lda * 2);
     _tile_loadd(3, b, b_stride * 2);
     _tile_dpbf16ps(0, 6, 3);
@@ -61,11 +70,12 @@ inline void tiles_one(const bf16* x, long lda, const bf16* b, long b_stride, lon
   }
 }
 
-// 32 rows: each half passes the weights that the other one has just used.
-template <int kVecs>
+// 32 rows: each half passes the weights that the other one has just used. With kAhead it brings those that come so much later.
+template <int kVecs, long kAhead>
 inline void tiles_two(const bf16* x, long lda, const bf16* b, long b_stride, long steps) {
   const bf16* y = x + kTileSide * lda;
   for (long i = 0; i < steps; ++i, x += kTileInputs, y += kTileInputs, b += kTilePairs * b_stride) {
+    if constexpr (kAhead) prefetch_step<kVecs, 2>(b + kAhead);
     _tile_loadd(7, b, b_stride * 2);
     _tile_loadd(6, x, lda * 2);
     _tile_dpbf16ps(0, 6, 7);
@@ -102,11 +112,11 @@ struct LastInputs {
 };
 
 // All outputs of a group, kVecs vectors, for up to 16 rows or for 32.
-template <int kVecs, bool kTwo>
+template <int kVecs, bool kTwo, long kAhead = 0>
 inline void tile_outputs(const bf16* x, long lda, const bf16* b, long depth, int rows, float* y, long ldy) {
   constexpr long b_stride = 2 * kVecs * kTileSide;
   const auto add = [](const bf16* x, long lda, const bf16* b, long steps) {
-    if constexpr (kTwo) tiles_two<kVecs>(x, lda, b, b_stride, steps);
+    if constexpr (kTwo) tiles_two<kVecs, kAhead>(x, lda, b, b_stride, steps);
     else tiles_one<kVecs>(x, lda, b, b_stride, steps);
   };
   _tile_zero(0);
@@ -137,8 +147,11 @@ inline void tile_group(const bf16* x, long lda, const bf16* b, long depth, long 
     const int some = rows - row >= 2 * kTileSide ? 2 * kTileSide : int(std::min<long>(rows - row, kTileSide));
     if (some != shaped) shape_tiles(some);
     shaped = some;
-    if (some > kTileSide) tile_outputs<kVecs, true>(x + row * lda, lda, b, depth, some, y + row * ldy, ldy);
-    else tile_outputs<kVecs, false>(x + row * lda, lda, b, depth, some, y + row * ldy, ldy);
+    const bf16* from = x + row * lda;
+    float* to = y + row * ldy;
+    if (some <= kTileSide) tile_outputs<kVecs, false>(from, lda, b, depth, some, to, ldy);
+    else if (rows == some) tile_outputs<kVecs, true, kAheadElements>(from, lda, b, depth, some, to, ldy);
+    else tile_outputs<kVecs, true>(from, lda, b, depth, some, to, ldy);
     row += some;
   }
 }

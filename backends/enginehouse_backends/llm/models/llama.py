@@ -80,7 +80,7 @@ class GatedMlp(Mlp):
     def __init__(self, build: Build, prefix: str, gate_up: Sequence[Part]) -> None:
         a = build.architecture
         bias = bool(a.raw.get("mlp_bias", False))
-        self.gate_up = Linear(build, gate_up, a.hidden_size, bias, Split.OUTPUTS)
+        self.gate_up = Linear(build, gate_up, a.hidden_size, bias, Split.OUTPUTS, paired=True)
         self.activation = GatedActivation(build, a.activation)
         self.down = Linear(
             build,
