@@ -80,7 +80,7 @@ class _Defaults:
     block_size: int
 
 
-_CPU = _Defaults(64, 512, 32)
+_CPU = _Defaults(64, 2048, 32)
 _GPU = _Defaults(256, 8192, 16)
 
 

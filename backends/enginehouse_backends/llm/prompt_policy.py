@@ -3,7 +3,8 @@
 Pure. With a latency target, a step that decodes takes no more prompt tokens than fit under it. Without one, a
 step may take three times as long as decoding alone; and a burst of prompts is computed at once while decoding
 stalls, if nobody has been stalled recently: each then waits once, rather than every token of everybody being
-late, and the last prompt's first token comes as soon as it can.
+late, and the last prompt's first token comes as soon as it can. A step can't be interrupted, so one without decoding is
+no longer than half a second where the machine is slow.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ _SLOWDOWN = 3.0
 """A step with prompts may take so many times as long as one that only decodes."""
 _LEAST_TARGET_S = 0.01
 """Nobody sees steps that are shorter."""
+_LONGEST_S = 0.5
+"""A step of prompts alone, as far as it has more of them than `_WORTHWHILE_TOKENS`."""
+_WORTHWHILE_TOKENS = 512
+"""So many hide what it costs to read the weights."""
 _STALL_TOKENS = 4096
 """Prompt tokens of one stall at most."""
 _TOKENS_BETWEEN_STALLS = 100
@@ -58,10 +63,15 @@ class PromptPolicy:
 
     def budget(self, num_decoding: int, latency: LatencyModel) -> int:
         """Prompt tokens for a step in which so many decode."""
-        room = self.max_batched_tokens - num_decoding
         if num_decoding == 0:
-            return room
+            return self.budget_alone(latency)
+        room = self.max_batched_tokens - num_decoding
         return int(max(min(room, self._beside(num_decoding, latency)), self.min_chunk_tokens))
+
+    def budget_alone(self, latency: LatencyModel) -> int:
+        """Prompt tokens for a step that leaves decoding out."""
+        fitting = latency.chunk(0, _LONGEST_S) if latency.token_s else 0.0
+        return int(min(self.max_batched_tokens, max(_WORTHWHILE_TOKENS, fitting)))
 
     def _beside(self, num_decoding: int, latency: LatencyModel) -> float:
         target = self.target_s or max(_SLOWDOWN * latency.base_s(num_decoding), _LEAST_TARGET_S)

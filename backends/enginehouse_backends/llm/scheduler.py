@@ -119,7 +119,7 @@ class Scheduler:
         self._make_room_for_urgent(plan)
         decoding = [generation for generation in self.running if generation.num_left == 1]
         if self.prompts.may_stall(decoding, self._backlog_tokens(decoding), self.latency):
-            self._plan_shares(plan, self.limits.max_batched_tokens, now_ns, stalled=True)
+            self._plan_shares(plan, self.prompts.budget_alone(self.latency), now_ns, stalled=True)
             if plan.shares:
                 self.prompts.on_stall(decoding, plan.num_tokens)
                 return plan

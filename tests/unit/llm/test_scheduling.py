@@ -238,3 +238,11 @@ def test_without_stalling_a_step_may_take_three_times_its_base() -> None:
     assert PromptPolicy(512, 16, 0.0).budget(4, make_latency(0.02, 0.1)) == 16, "never less than the least chunk"
     assert PromptPolicy(512, 16, 0.0).budget(0, make_latency()) == 512
     assert PromptPolicy(512, 16, 0.0).budget(4, LatencyModel()) == 508, "nothing is known yet"
+
+
+@pytest.mark.parametrize(("token_s", "budget"), [(0.0, 512), (0.0001, 2048), (0.0005, 1000), (0.01, 512)])
+def test_a_step_of_prompts_alone_is_long_only_where_short_ones_are_not_worth_it(token_s: float, budget: int) -> None:
+    latency = LatencyModel(token_s)
+    assert PromptPolicy(2048, 16, 0.0).budget(0, latency) == budget
+    assert PromptPolicy(2048, 16, 0.0).budget_alone(latency) == budget
+    assert PromptPolicy(100, 16, 0.0).budget_alone(latency) == 100, "no more than is allowed"

@@ -9,15 +9,21 @@
 #include <limits>
 
 #include "rows.hpp"
+#include "tiles.hpp"
 
 namespace eh {
 
 constexpr int kBlock = 32;
 constexpr int kBlockVecs = kBlock / kLanes;
-constexpr int kRowTile = 8;    // rows (query, head) that pass a block together
+#if defined(EH_TILES)
+constexpr int kRowTile = 16;  // rows (query, head) that pass a block together
+#else
+constexpr int kRowTile = 8;
+#endif
 constexpr int kItemTiles = 8;  // row tiles of a piece of work
 constexpr long kPlaceBytes = 256;
 constexpr int kMaxDim = 512;
+constexpr int kGatheredDim = kRowTile == 16 ? kMaxDim : 1;
 
 // The step's sequences, as the runner's arrays (see runner.StepInput).
 struct Sequences {
@@ -228,6 +234,18 @@ inline float weigh(const AttentionShape& a, int position, int start, float* scor
   return shrink;
 }
 
+// Weights of a block for each row from its scores; what was summed before shrinks.
+template <class A>
+inline void weigh_rows(const AttentionShape& a, int start, RowTile<A>& rows, float (*scores)[kBlock],
+                       A (*weights)[kBlock]) {
+  for (int r = 0; r < rows.rows; ++r) {
+    const float shrink =
+        weigh(a, rows.position[r], start, scores[r], weights[r], &rows.highest[r], &rows.total[r]);
+    if (shrink != 1.0f)
+      for (int d = 0; d < a.dim; d += kLanes) store(rows.out[r] + d, load(rows.out[r] + d) * shrink);
+  }
+}
+
 template <int kRows = kRowTile, class A, class W>
 inline void pass_block(const AttentionShape& a, const W* keys, int start, RowTile<A>& rows) {
   if constexpr (kRows > 1)
@@ -235,15 +253,34 @@ inline void pass_block(const AttentionShape& a, const W* keys, int start, RowTil
   alignas(64) float scores[kRows][kBlock];
   alignas(64) A weights[kRows][kBlock];
   score_block<kRows>(rows.q, keys, a.dim, scores);
-  for (int r = 0; r < kRows; ++r) {
-    const float shrink =
-        weigh(a, rows.position[r], start, scores[r], weights[r], &rows.highest[r], &rows.total[r]);
-    if (shrink != 1.0f)
-      for (int d = 0; d < a.dim; d += kLanes) store(rows.out[r] + d, load(rows.out[r] + d) * shrink);
-  }
+  weigh_rows(a, start, rows, scores, weights);
   const int count = std::min(kBlock, rows.last_position + 1 - start);
   add_block<kRows>(weights, keys + long(a.dim) * kBlock, a.dim, count, rows.out);
 }
+
+// The same by the processor's tiles. `queries`: the rows' queries one after the other.
+#if defined(EH_TILES)
+inline void pass_block_by_tiles(const AttentionShape& a, const bf16* keys, int start, RowTile<bf16>& rows,
+                                const bf16* queries) {
+  alignas(64) float scores[kRowTile][kBlock];
+  alignas(64) bf16 weights[kRowTile][kBlock];
+  alignas(64) bf16 room[kBlock * kMaxDim];
+  tile_scores(queries, keys, a.dim, kBlock, scores[0]);
+  weigh_rows(a, start, rows, scores, weights);
+  const bf16* values = keys + long(a.dim) * kBlock;
+  const int count = std::min(kBlock, rows.last_position + 1 - start);
+  if (count < kBlock) {
+    // what was never written may hold anything, not-a-number too
+    const long written = count / 2 * 2L * a.dim;
+    std::memcpy(room, values, size_t(written) * 2);
+    std::memset(room + written, 0, size_t(kBlock * a.dim - written) * 2);
+    if (count % 2)
+      for (int d = 0; d < a.dim; ++d) room[written + 2 * d] = values[written + 2 * d];
+    values = room;
+  }
+  add_tile_values(weights[0], values, a.dim, rows.out[0]);
+}
+#endif
 
 // A piece of work: row tiles of one sequence that walk its blocks together. Either several kv heads of few
 // queries, or one kv head and many queries: what they share is read once.
@@ -256,10 +293,12 @@ struct Attention {
   long out_stride;
   int num_tiles = 0;
   RowTile<A> tiles[kItemTiles];
+  const bool by_tiles;
+  alignas(64) A gathered[kItemTiles * kRowTile * kGatheredDim];  // queries, where tiles read them
   alignas(64) float sums[kItemTiles * kRowTile * kMaxDim];
 
   Attention(const Sequences& sequences, const AttentionShape& shape, const A* from, A* to, long stride)
-      : s(sequences), a(shape), queries(from), out(to), out_stride(stride) {}
+      : s(sequences), a(shape), queries(from), out(to), out_stride(stride), by_tiles(tiles_for<A>(shape.dim)) {}
 
   void add_tile(int kv_head, long first, int count, int head, int num_heads) {
     RowTile<A>& tile = tiles[num_tiles];
@@ -270,6 +309,7 @@ struct Attention {
       for (int h = 0; h < num_heads; ++h) {
         const int r = tile.rows++;
         tile.q[r] = queries + (t * a.heads + kv_head * group + head + h) * a.dim;
+        if (by_tiles) std::copy(tile.q[r], tile.q[r] + a.dim, gathered_of(num_tiles) + r * a.dim);
         tile.position[r] = s.positions[t];
         tile.out[r] = sums + (long(num_tiles) * kRowTile + r) * a.dim;
         tile.highest[r] = -std::numeric_limits<float>::infinity();
@@ -281,7 +321,22 @@ struct Attention {
     ++num_tiles;
   }
 
+  A* gathered_of(int tile) { return gathered + long(tile) * kRowTile * a.dim; }
+
+  void pass(RowTile<A>& tile, const W* keys, int start, [[maybe_unused]] int& shaped) {
+#if defined(EH_TILES)
+    if constexpr (std::is_same_v<A, bf16>)
+      if (by_tiles) {
+        if (tile.rows != shaped) shape_row_tiles(tile.rows);
+        shaped = tile.rows;
+        return pass_block_by_tiles(a, keys, start, tile, gathered_of(int(&tile - tiles)));
+      }
+#endif
+    pass_block(a, keys, start, tile);
+  }
+
   void walk(int slot) {
+    int shaped = 0;
     int begin = tiles[0].first_position, end = 0;
     for (int i = 0; i < num_tiles; ++i) {
       begin = std::min(begin, tiles[i].first_position);
@@ -292,8 +347,9 @@ struct Attention {
       for (int i = 0; i < num_tiles; ++i) {
         RowTile<A>& tile = tiles[i];
         const bool seen = start <= tile.last_position && (!a.window || start + kBlock > tile.first_position - a.window + 1);
-        if (seen) pass_block(a, block_of<W>(s, a, slot, start / kBlock, tile.kv_head), start, tile);
+        if (seen) pass(tile, block_of<W>(s, a, slot, start / kBlock, tile.kv_head), start, shaped);
       }
+    if (by_tiles) release_tiles();
     write();
   }
 

@@ -7,7 +7,6 @@
 #include "attention.hpp"
 #include "coded.hpp"
 #include "threads.hpp"
-#include "tiles.hpp"
 
 namespace eh {
 
@@ -60,16 +59,6 @@ struct Cut {
   long rows, chunks, groups_each, row_blocks, rows_each;
 };
 
-// Whether a program's linears are multiplied by tiles.
-template <class A>
-inline bool by_tiles() {
-#if defined(EH_TILES)
-  return std::is_same_v<A, bf16> && has_tiles();
-#else
-  return false;
-#endif
-}
-
 // Tiles are done with weights faster than memory brings them: all rows whose inputs the second cache holds pass a
 // group together.
 inline Cut cut_tiles(const Operation& o, long rows, int threads) {
@@ -98,7 +87,7 @@ inline Cut cut_plain(const Operation& o, long rows, int threads) {
 
 template <class A>
 inline Cut cut_linear(const Operation& o, long rows, int threads) {
-  Cut cut = by_tiles<A>() ? cut_tiles(o, rows, threads) : cut_plain(o, rows, threads);
+  Cut cut = tiles_for<A>(kTileInputs) ? cut_tiles(o, rows, threads) : cut_plain(o, rows, threads);
   if (o.choice) cut.groups_each = (cut.groups_each + 1) / 2 * 2;  // vectors that belong together, three in a group
   cut.chunks = (num_groups(o.n) + cut.groups_each - 1) / cut.groups_each * cut.row_blocks;
   return cut;
@@ -139,7 +128,7 @@ void multiply_groups(const A* x, long lda, const W* weights, long n, long k, lon
                      long ldy) {
 #if defined(EH_TILES)
   if constexpr (std::is_same_v<A, bf16>)
-    if (by_tiles<A>()) return tile_groups(x, lda, weights, n, k, first, stop, rows, y, ldy);
+    if (tiles_for<A>(kTileInputs)) return tile_groups(x, lda, weights, n, k, first, stop, rows, y, ldy);
 #endif
   linear_groups(x, lda, weights, n, k, first, stop, rows, y, ldy);
 }

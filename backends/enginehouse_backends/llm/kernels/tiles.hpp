@@ -1,9 +1,9 @@
-// y = x W^T for bf16 with the processor's tiles (Intel AMX): an instruction multiplies 16 rows of 32 inputs with 16
+// Products of bf16 with the processor's tiles (Intel AMX): an instruction multiplies 16 rows of 32 inputs with 16
 // outputs. Packed weights are what its second operand wants: 16 pairs of inputs of 16 outputs, a pair's outputs of the
-// whole group side by side.
+// whole group side by side; so are the keys and the values of a block.
 //
 // A row's sums are built alike whatever the number of rows, but not as the other kernels build them: where there are
-// tiles, all bf16 linears go through here, a single row too.
+// tiles all products of bf16 go through here, those of a single row too.
 #pragma once
 #include "linear.hpp"
 
@@ -14,7 +14,7 @@
 
 namespace eh {
 
-constexpr int kTileSide = 16;        // rows of x, and outputs
+constexpr int kTileSide = 16;  // rows of x, and outputs
 constexpr int kTileInputs = 32;
 constexpr int kTilePairs = kTileInputs / 2;
 
@@ -174,5 +174,67 @@ inline void tile_groups(const bf16* x, long lda, const bf16* weights, long n, lo
   asm volatile("" ::: "memory");
 }
 
+// --- attention: rows of queries against a block. Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 keys or values.
+
+inline void shape_row_tiles(int rows) {
+  TileShapes shapes;
+  for (int i = 0; i < 8; ++i) {
+    shapes.rows[i] = uint8_t(i < 6 ? rows : kTilePairs);
+    shapes.row_bytes[i] = 64;
+  }
+  _tile_loadconfig(&shapes);
+}
+
+// scores[row][token] for 32 tokens. queries: [rows, dim]; keys: pairs of dims [dim / 2][tokens][2].
+inline void tile_scores(const bf16* queries, const bf16* keys, int dim, int tokens, float* scores) {
+  asm volatile("" ::: "memory");
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int d = 0; d < dim; d += kTileInputs, keys += kTilePairs * tokens * 2) {
+    _tile_loadd(4, queries + d, dim * 2);
+    _tile_loadd(6, keys, tokens * 4);
+    _tile_loadd(7, keys + 2 * kTileSide, tokens * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  _tile_stored(0, scores, tokens * 4);
+  _tile_stored(1, scores + kTileSide, tokens * 4);
+  asm volatile("" ::: "memory");
+}
+
+// out[row][dim] += weights · values over 32 tokens. weights: [rows, 32]; values: pairs of tokens [16][dim][2].
+inline void add_tile_values(const bf16* weights, const bf16* values, int dim, float* out) {
+  asm volatile("" ::: "memory");
+  _tile_loadd(5, weights, kTileInputs * 2);
+  for (int d = 0; d < dim; d += 2 * kTileSide, values += 4 * kTileSide, out += 2 * kTileSide) {
+    _tile_loadd(2, out, dim * 4);
+    _tile_loadd(3, out + kTileSide, dim * 4);
+    _tile_loadd(6, values, dim * 4);
+    _tile_loadd(7, values + 2 * kTileSide, dim * 4);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_stored(2, out, dim * 4);
+    _tile_stored(3, out + kTileSide, dim * 4);
+  }
+  asm volatile("" ::: "memory");
+}
+
+inline void release_tiles() { _tile_release(); }
+
+// Whether A is multiplied by tiles, so many inputs of it.
+template <class A>
+inline bool tiles_for(int inputs) {
+  return std::is_same_v<A, bf16> && inputs % kTileInputs == 0 && has_tiles();
+}
+
+}  // namespace eh
+#else
+namespace eh {
+constexpr int kTileInputs = 32;
+template <class A>
+inline bool tiles_for(int) {
+  return false;
+}
+inline void release_tiles() {}
 }  // namespace eh
 #endif
