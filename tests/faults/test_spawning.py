@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -106,6 +108,20 @@ async def test_a_worker_that_was_forked_too_late_has_no_part_in_the_channel(
         with suppress(psutil.NoSuchProcess):
             psutil.Process(late).wait(timeout=5)
     assert psutil.Process(child.pid).is_running()
+    assert end(child, channel) == "exited with status 0"
+
+
+@pytest.mark.asyncio
+async def test_a_worker_whose_number_comes_too_late_is_ended(spawner: Spawner, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def too_late(nursery: socket.socket, channel: socket.socket, arguments: list[str]) -> int:
+        socket.send_fds(nursery, [json.dumps(arguments).encode()], [channel.fileno()])
+        await asyncio.to_thread(select.select, [nursery], [], [])
+        raise TimeoutError
+
+    await spawner.prepare(Launch())
+    monkeypatch.setattr(spawner, "_forked", too_late)
+    child, channel = await spawner.spawn(Launch(), ["solo"])
+    assert psutil.Process().children() == [psutil.Process(child.pid)]
     assert end(child, channel) == "exited with status 0"
 
 

@@ -318,15 +318,24 @@ def _is_quick(request: GenerateRequest) -> bool:
     return isinstance(prompt, Sequence)
 
 
+_LONGEST_CPU_STEP_S = 0.5
+_TORCH_TOKENS = 512
+"""Of a step on a CPU without the kernels: attention over more of them takes gigabytes for some models."""
+
+
 def _serve(
     key: str, name: str, settings: LlmSettings, plan: LlmPlan, runner: Runner, instance: LlmInstance
 ) -> ServedLlm:
     arena, space = instance.engine.arena, instance.engine.space
+    most_tokens = plan.max_batched_tokens
+    if not (settings.max_num_batched_tokens or instance.is_on_gpu or runner.is_native):
+        most_tokens = min(most_tokens, max(_TORCH_TOKENS, plan.max_num_seqs))
     limits = SchedulerLimits(
         block_size=runner.block_size,
         max_running=plan.max_num_seqs,
-        max_batched_tokens=plan.max_batched_tokens,
+        max_batched_tokens=most_tokens,
         target_itl_s=settings.target_itl_ms / 1000,
+        longest_step_s=0.0 if instance.is_on_gpu else _LONGEST_CPU_STEP_S,
         # a mean needs the rows of all tokens
         prefix_caching=settings.enable_prefix_caching and settings.pooling.kind != MEAN,
     )

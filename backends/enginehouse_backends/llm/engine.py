@@ -165,6 +165,7 @@ class Engine:
         """One step of each LLM that has work. False if none has."""
         busy = [llm for llm in self._llms.values() if llm.has_work]
         for llm in busy:
+            llm.scheduler.prompts.others_wait = len(busy) > 1
             try:
                 plan = llm.step()
                 if plan.starved is not None or not (plan.shares or plan.preempted or plan.waits_for_step):

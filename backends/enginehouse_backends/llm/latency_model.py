@@ -11,6 +11,8 @@ _MEMORY = 0.2
 """Weight of the newest observation."""
 _ENOUGH_TOKENS = 16
 """Steps with fewer prompt tokens say little about the cost of one."""
+_MANY_TOKENS = 256
+"""So many hide what a step costs anyway."""
 
 
 @dataclass(slots=True)
@@ -18,6 +20,8 @@ class LatencyModel:
     """Seconds. Before anything was observed, predictions are zero and chunks are as large as allowed."""
 
     token_s: float = 0.0
+    many_token_s: float = 0.0
+    """Of a prompt token in a step of many and no decoding rows; 0 before there was one."""
     _base_s: dict[int, float] = field(default_factory=dict)
     """By bit length of the number of rows: 1, 2–3, 4–7, …"""
 
@@ -28,7 +32,9 @@ class LatencyModel:
             self._base_s[bucket] = seconds if known is None else known + _MEMORY * (seconds - known)
         elif num_prompt_tokens >= _ENOUGH_TOKENS:
             measured = max(seconds - self.base_s(num_rows), 0.0) / num_prompt_tokens
-            self.token_s = measured if not self.token_s else self.token_s + _MEMORY * (measured - self.token_s)
+            self.token_s = _smoothed(self.token_s, measured)
+            if num_rows == 0 and num_prompt_tokens >= _MANY_TOKENS:
+                self.many_token_s = _smoothed(self.many_token_s, measured)
 
     def base_s(self, num_rows: int) -> float:
         """Of a step of so many decoding rows alone: the nearest that was seen. 0 for no rows."""
@@ -45,3 +51,11 @@ class LatencyModel:
         if not self.token_s:
             return float("inf")
         return max(target_s - self.base_s(num_rows), 0.0) / self.token_s
+
+    def chunk_alone(self, target_s: float) -> float:
+        """Prompt tokens that fit into a step of their own; 0 if that is not known yet."""
+        return target_s / self.many_token_s if self.many_token_s else 0.0
+
+
+def _smoothed(known: float, measured: float) -> float:
+    return known + _MEMORY * (measured - known) if known else measured

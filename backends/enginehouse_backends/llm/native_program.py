@@ -166,7 +166,8 @@ class NativeProgram:
             fields |= {"input": inputs[0].address, "input_stride": inputs[0].stride}
         if len(inputs) > 1:
             fields |= {"second": inputs[1].address, "second_stride": inputs[1].stride}
-        kind = next((kind for kind in ("gated_linear", "gated") if operation.kind.startswith(f"{kind}_")), operation.kind)
+        families = ("gated_linear", "gated")
+        kind = next((family for family in families if operation.kind.startswith(f"{family}_")), operation.kind)
         getattr(self, f"_emit_{kind}")(operation, fields)
 
     def _emit_embed(self, operation: Operation, fields: dict[str, Any]) -> None:
@@ -343,7 +344,8 @@ def _fuse(operations: Sequence[Operation]) -> list[Operation]:
             numbers = {**operation.numbers, "sum": float(last.output)}
             fused[-1] = replace(operation, kind="add_norm", inputs=last.inputs, numbers=numbers)
         elif last is not None and last.kind == "linear" and last.parts["kernel"].paired:
-            assert operation.kind.startswith("gated_") and operation.inputs == (last.output,), "bug: pairs stay alone"
+            assert operation.kind.startswith("gated_"), "bug: pairs that nothing multiplies"
+            assert operation.inputs == (last.output,), "bug: pairs that nothing multiplies"
             kind = f"gated_linear_{_activation_name(operation)}"
             fused[-1] = replace(operation, kind=kind, inputs=last.inputs, parts=last.parts)
         else:
@@ -357,7 +359,8 @@ def _type_values(operations: Sequence[Operation], widths: Sequence[int]) -> list
     readers: dict[int, set[str]] = {}
     for index, operation in enumerate(operations):
         for slot in operation.inputs:
-            readers.setdefault(slot, set()).add("linear" if operation.kind.startswith("gated_linear_") else operation.kind)
+            is_linear = operation.kind.startswith("gated_linear_")
+            readers.setdefault(slot, set()).add("linear" if is_linear else operation.kind)
             values[slot].last_use = index
     for operation in operations:
         out = values[operation.output]

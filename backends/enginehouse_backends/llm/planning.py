@@ -107,6 +107,8 @@ def _plan_on_cpu(name: str, settings: LlmSettings, architecture: Architecture, c
         logger.warning("model '%s': kv_cache_dtype is for GPUs; on CPUs keys and values are %s", name, dtype)
     token_bytes = _token_bytes(architecture, dtype, settings.tensor_parallel_size)
     max_num_seqs = settings.max_num_seqs or _CPU.max_num_seqs
+    max_tokens = max(settings.max_num_batched_tokens or _CPU.max_batched_tokens, max_num_seqs)
+    workspace = _cpu_workspace_bytes(architecture, max_tokens, max_num_seqs, settings.tensor_parallel_size)
     context = _context(name, settings, architecture)
     weights_bytes = _weights_bytes(checkpoint, dtype)
     free = psutil.virtual_memory().available
@@ -114,23 +116,25 @@ def _plan_on_cpu(name: str, settings: LlmSettings, architecture: Architecture, c
         raise ResourceExhausted(
             f"model '{name}' has {_gib(weights_bytes)} of weights as {dtype}, and {_gib(free)} of memory are free"
         )
+    left = free - weights_bytes - workspace
     kv_bytes = settings.kv_bytes or min(
-        max(max_num_seqs * _TYPICAL_TOKENS, context) * token_bytes, int((free - weights_bytes) * _SHARE_OF_MEMORY)
+        max(max_num_seqs * _TYPICAL_TOKENS, context) * token_bytes, max(int(left * _SHARE_OF_MEMORY), 0)
     )
-    if kv_bytes + weights_bytes > free:
+    if kv_bytes > left:
         raise ResourceExhausted(
-            f"model '{name}' needs {_gib(weights_bytes)} for weights and {_gib(kv_bytes)} for KV, and {_gib(free)} of "
-            f"memory are free"
+            f"model '{name}' needs {_gib(weights_bytes)} for weights, {_gib(workspace)} for workspace and "
+            f"{_gib(kv_bytes)} for KV, and {_gib(free)} of memory are free"
         )
     return LlmPlan(
         dtype,
         _fitting_context(name, context, kv_bytes, token_bytes, settings),
         max_num_seqs,
-        max(settings.max_num_batched_tokens or _CPU.max_batched_tokens, max_num_seqs),
+        max_tokens,
         kv_bytes,
         weights_bytes,
         max((settings.num_threads or default_num_threads()) // settings.tensor_parallel_size, 1),
         quantization=settings.quantization,
+        workspace_bytes=workspace,
         num_ranks=settings.tensor_parallel_size,
         pooling=settings.pooling.kind,
     )
@@ -294,6 +298,14 @@ def _workspace_bytes(
     graphs = max_num_seqs * (row * dtype.itemsize + a.vocab_size * (dtype.itemsize + 4))
     splits = 4 * max(max_num_seqs, 512) * a.query_size // ranks * 4
     return max_tokens * row * dtype.itemsize + logits + graphs + splits
+
+
+def _cpu_workspace_bytes(architecture: Architecture, max_tokens: int, max_num_seqs: int, ranks: int) -> int:
+    """An upper bound of what the native program keeps of a step: its values are float32 at most."""
+    a = architecture
+    row = 4 * a.hidden_size + (2 * a.query_size + 2 * a.kv_size + 3 * a.intermediate_size) // ranks
+    logits = (max_num_seqs + MAX_FOLLOWED_TOKENS) * (a.vocab_size + 2 * a.hidden_size)
+    return 4 * ((max_tokens + max_num_seqs) * row + logits)
 
 
 def _gib(num_bytes: int) -> str:

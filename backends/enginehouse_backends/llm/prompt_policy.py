@@ -3,8 +3,8 @@
 Pure. With a latency target, a step that decodes takes no more prompt tokens than fit under it. Without one, a
 step may take three times as long as decoding alone; and a burst of prompts is computed at once while decoding
 stalls, if nobody has been stalled recently: each then waits once, rather than every token of everybody being
-late, and the last prompt's first token comes as soon as it can. A step can't be interrupted, so one without decoding is
-no longer than half a second where the machine is slow.
+late, and the last prompt's first token comes as soon as it can. A step can't be interrupted: where a longest one
+is set, prompts alone take no more than that, or 512 tokens if these take longer or another model waits for its turn.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ _SLOWDOWN = 3.0
 """A step with prompts may take so many times as long as one that only decodes."""
 _LEAST_TARGET_S = 0.01
 """Nobody sees steps that are shorter."""
-_LONGEST_S = 0.5
-"""A step of prompts alone, as far as it has more of them than `_WORTHWHILE_TOKENS`."""
 _WORTHWHILE_TOKENS = 512
 """So many hide what it costs to read the weights."""
 _STALL_TOKENS = 4096
@@ -36,6 +34,10 @@ class PromptPolicy:
     max_batched_tokens: int
     min_chunk_tokens: int
     target_s: float
+    longest_s: float = 0.0
+    """Of a step of prompts alone; 0 is any length."""
+    others_wait: bool = False
+    """Another model of the engine has work, too."""
     _stalled_tokens: int = 0
 
     def may_stall(self, decoding: Sequence[Generation], backlog_tokens: int, latency: LatencyModel) -> bool:
@@ -70,7 +72,9 @@ class PromptPolicy:
 
     def budget_alone(self, latency: LatencyModel) -> int:
         """Prompt tokens for a step that leaves decoding out."""
-        fitting = latency.chunk(0, _LONGEST_S) if latency.token_s else 0.0
+        if not self.longest_s:
+            return self.max_batched_tokens
+        fitting = 0.0 if self.others_wait else latency.chunk_alone(self.longest_s)
         return int(min(self.max_batched_tokens, max(_WORTHWHILE_TOKENS, fitting)))
 
     def _beside(self, num_decoding: int, latency: LatencyModel) -> float:

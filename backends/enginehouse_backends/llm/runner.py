@@ -115,6 +115,8 @@ class Runner(ABC):
     is_asynchronous = False
     """Whether `start` returns before the step is done, so that the next one can be planned meanwhile."""
 
+    is_native = False
+    """Whether a step is one call into the CPU kernels."""
     pooling = ""
     """Of a model that embeds: "last" or "mean" (pooling.py)."""
     max_wanted: int

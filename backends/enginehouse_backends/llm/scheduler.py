@@ -29,6 +29,8 @@ class SchedulerLimits:
     max_batched_tokens: int = 512
     min_chunk_tokens: int = 16
     target_itl_s: float = 0.0
+    longest_step_s: float = 0.0
+    """Of prompts alone, beyond 512 tokens; 0 is any."""
     max_followed_tokens: int = 64
     """Prompt tokens of a step whose logprobs are wanted: each has a row of logits."""
     prefix_caching: bool = True
@@ -69,7 +71,9 @@ class Scheduler:
     ) -> None:
         self.name, self.pool, self.space, self.limits = name, pool, space, limits
         self.latency = LatencyModel()
-        self.prompts = PromptPolicy(limits.max_batched_tokens, limits.min_chunk_tokens, limits.target_itl_s)
+        self.prompts = PromptPolicy(
+            limits.max_batched_tokens, limits.min_chunk_tokens, limits.target_itl_s, limits.longest_step_s
+        )
         self.waiting = WaitingQueue()
         self.running: list[Generation] = []
         """By priority, then arrival: the last one is preempted first."""

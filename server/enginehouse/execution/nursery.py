@@ -47,23 +47,24 @@ def main() -> None:
 
 
 def _fork_twice(server: socket.socket, descriptor: int, server_pid: int, arguments: list[str]) -> int:
-    """The pid of the worker, whose parent has gone."""
+    """The pid of the worker, whose parent has gone; 0 if it ended at once."""
     read_end, write_end = os.pipe()
     middle = os.fork()
     if middle == 0:
         worker_pid = os.fork()
         if worker_pid != 0:
-            os.write(write_end, PID.pack(worker_pid))
             os._exit(0)
         server.close()
         os.close(read_end)
+        os.setsid()  # before anybody knows it: what ends this process's group ends none that was handed out
+        os.write(write_end, PID.pack(os.getpid()))
         os.close(write_end)
         _become_worker(descriptor, server_pid, arguments)
     os.close(write_end)
     os.waitpid(middle, 0)
     answer = os.read(read_end, PID.size)
     os.close(read_end)
-    return int(PID.unpack(answer)[0])
+    return int(PID.unpack(answer)[0]) if answer else 0
 
 
 def _become_worker(descriptor: int, server_pid: int, arguments: list[str]) -> None:
@@ -72,11 +73,10 @@ def _become_worker(descriptor: int, server_pid: int, arguments: list[str]) -> No
     status = 1
     try:
         gc.unfreeze()
-        os.setsid()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         give_up_at = time.monotonic() + 5
         while os.getppid() != server_pid and time.monotonic() < give_up_at:
-            time.sleep(0)  # until the process between has ended
+            time.sleep(0.0002)  # until the process between has ended
         _reseed()
         sys.argv = [worker.__file__ or "", str(descriptor), str(server_pid), *arguments]
         worker.main()

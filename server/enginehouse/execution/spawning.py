@@ -109,11 +109,12 @@ class Spawner:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             child = await self._from_nursery(theirs, arguments) if launch.is_plain else None
-            if child is None:
+            if child is None and launch.is_plain:
                 # Not the same channel: the nursery may have forked all the same, and two would share its messages.
                 ours.close()
                 theirs.close()
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            if child is None:
                 child = _fresh_interpreter(launch, theirs, arguments)
         except BaseException:
             ours.close()
@@ -189,10 +190,13 @@ class Spawner:
         return nursery, ours
 
     def _abandon_nursery(self) -> None:
-        """A worker that it forked too late ends with it, or, if it leads a group already, with its channel."""
+        """Nobody has the channel of a worker that it forked too late: that one ends, too."""
         _be_subreaper(False)
         if self._nursery is not None and self._nursery.poll() is None:
             os.killpg(self._nursery.pid, signal.SIGKILL)
+        if self._to_nursery is not None:
+            with suppress(OSError):  # it has said nothing
+                _end_forked(self._to_nursery.recv(PID.size))
         self.close()
 
 
@@ -228,6 +232,15 @@ def _environment(launch: Launch) -> dict[str, str]:
 def _be_subreaper(wanted: bool) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def _end_forked(answer: bytes) -> None:
+    """A worker that nobody will use."""
+    pid = int(PID.unpack(answer)[0]) if answer else 0
+    if pid > 0:
+        os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):  # it was given to init
+            os.waitpid(pid, 0)
 
 
 def _wait_for(pid: int) -> int:

@@ -30,6 +30,7 @@ _LONGROPE: Mapping[str, Any] = {
     "rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 6,
     "long_factor": [1.0, 1.3, 1.9, 2.5, 4.0, 7.0],
 }  # fmt: skip
+_UNEVEN: Mapping[str, Any] = {"hidden_size": 72, "intermediate_size": 104, "vocab_size": 264}
 _EXPERTS: Mapping[str, Any] = {"num_experts_per_tok": 2, "num_local_experts": 5}
 
 
@@ -44,6 +45,13 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     "llama-biased": lambda: transformers.LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "qwen2": lambda: transformers.Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=32),
+    # widths that vectors, groups of them and the processor's tiles don't divide
+    "qwen3-uneven": lambda: transformers.Qwen3Config(
+        **{**SHAPE, **_UNEVEN, "intermediate_size": 112, "num_key_value_heads": 1},
+        head_dim=96,
+        tie_word_embeddings=True,
+    ),
+    "llama-uneven": lambda: transformers.LlamaConfig(**{**SHAPE, **_UNEVEN}, head_dim=48, mlp_bias=True),
     "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=8),
     "gemma2": lambda: transformers.Gemma2Config(
         **SHAPE,

@@ -95,7 +95,7 @@ def test_logits_equal_those_of_transformers(name: str, native: bool, tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-uneven", "llama-uneven", "mistral"])
 def test_native_logits_do_not_depend_on_the_batch(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save_reference(name, tmp_path, dtype)
     ids = torch.randint(0, VOCAB, (4, 180))
@@ -110,8 +110,9 @@ def test_native_logits_do_not_depend_on_the_batch(name: str, dtype: torch.dtype,
     assert torch.equal(torch.cat(parts), one_by_one)
 
 
-def test_native_bfloat16_is_close_to_float32(tmp_path: Path) -> None:
-    reference = save_reference("llama", tmp_path, torch.bfloat16)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3-uneven", "llama-uneven"])
+def test_native_bfloat16_is_close_to_float32(name: str, tmp_path: Path) -> None:
+    reference = save_reference(name, tmp_path, torch.bfloat16)
     ids = torch.randint(0, VOCAB, (1, 150))
     sequences = Sequences(make_runner(tmp_path, native=True, dtype=torch.bfloat16), ids)
     logits = sequences.compute([(0, 0, 150)])[0]

@@ -242,7 +242,14 @@ def test_without_stalling_a_step_may_take_three_times_its_base() -> None:
 
 @pytest.mark.parametrize(("token_s", "budget"), [(0.0, 512), (0.0001, 2048), (0.0005, 1000), (0.01, 512)])
 def test_a_step_of_prompts_alone_is_long_only_where_short_ones_are_not_worth_it(token_s: float, budget: int) -> None:
-    latency = LatencyModel(token_s)
-    assert PromptPolicy(2048, 16, 0.0).budget(0, latency) == budget
-    assert PromptPolicy(2048, 16, 0.0).budget_alone(latency) == budget
-    assert PromptPolicy(100, 16, 0.0).budget_alone(latency) == 100, "no more than is allowed"
+    latency = LatencyModel()
+    latency.observe(0, 20, 9.0)  # too few to tell
+    latency.observe(3, 400, 9.0)
+    if token_s:
+        latency.observe(0, 300, 300 * token_s)
+    policy = PromptPolicy(2048, 16, 0.0, longest_s=0.5)
+    assert policy.budget(0, latency) == policy.budget_alone(latency) == budget
+    assert PromptPolicy(100, 16, 0.0, longest_s=0.5).budget_alone(latency) == 100, "no more than is allowed"
+    assert PromptPolicy(2048, 16, 0.0).budget_alone(latency) == 2048, "no length is set"
+    policy.others_wait = True
+    assert policy.budget_alone(latency) == 512

@@ -23,7 +23,8 @@ constexpr int kRowTile = 8;
 constexpr int kItemTiles = 8;  // row tiles of a piece of work
 constexpr long kPlaceBytes = 256;
 constexpr int kMaxDim = 512;
-constexpr int kGatheredDim = kRowTile == 16 ? kMaxDim : 1;
+template <class A>
+constexpr int kGatheredDim = kRowTile == 16 && sizeof(A) == 2 ? kMaxDim : 1;
 
 // The step's sequences, as the runner's arrays (see runner.StepInput).
 struct Sequences {
@@ -294,7 +295,7 @@ struct Attention {
   int num_tiles = 0;
   RowTile<A> tiles[kItemTiles];
   const bool by_tiles;
-  alignas(64) A gathered[kItemTiles * kRowTile * kGatheredDim];  // queries, where tiles read them
+  alignas(64) A gathered[kItemTiles * kRowTile * kGatheredDim<A>];  // queries, where tiles read them
   alignas(64) float sums[kItemTiles * kRowTile * kMaxDim];
 
   Attention(const Sequences& sequences, const AttentionShape& shape, const A* from, A* to, long stride)

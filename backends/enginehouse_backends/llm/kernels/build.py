@@ -17,7 +17,9 @@ import tempfile
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("program.cpp", "attention.hpp", "coded.hpp", "linear.hpp", "rows.hpp", "simd.hpp", "threads.hpp", "tiles.hpp")
+_SOURCES = (
+    "program.cpp", "attention.hpp", "coded.hpp", "linear.hpp", "rows.hpp", "simd.hpp", "threads.hpp", "tiles.hpp",
+)  # fmt: skip
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 _COMPILERS = ("c++", "g++", "clang++")
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import threading
 from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
 from enginehouse_backends.llm.kernels.build import kernel_library
 
-_VERSION = 4
+logger = logging.getLogger(__name__)
+
+_VERSION = 5
 
 
 class Kind(IntEnum):
@@ -108,6 +111,9 @@ class Library:
         self.max_dim = int(functions.eh_max_dim())
         self.float_inputs = bool(functions.eh_float_inputs())
         """Whether bfloat16 weights are multiplied with floats here, not with bfloat16."""
+        # asked for now: the system refuses once a thread has a small signal stack
+        if functions.eh_tiles() < 0:
+            logger.warning("the system refuses this processor's AMX tiles: bfloat16 runs several times slower")
         self.num_threads = 0
         self._team = Turns()
         """Whose turn it is to use the team of threads: models that run, and one that is being packed."""

@@ -354,12 +354,21 @@ using namespace eh;
 
 extern "C" {
 
-int eh_version() { return 4; }
+int eh_version() { return 5; }
 int eh_lanes() { return kLanes; }
 int eh_block_size() { return kBlock; }
 int eh_max_dim() { return kMaxDim; }
 // Whether bf16 weights are multiplied with floats: A is float in every program.
 int eh_float_inputs() { return sizeof(BesideBf16) == sizeof(float); }
+
+// Whether bf16 is multiplied by the processor's tiles: 1, or 0 as it has none, or -1 as the system refuses them.
+int eh_tiles() {
+#if defined(EH_TILES)
+  return has_tiles() ? 1 : -1;
+#else
+  return 0;
+#endif
+}
 
 // Threads of all programs of the process. Call again to change the number, never while a program runs.
 void eh_start(int num_threads) {

@@ -7,7 +7,7 @@
 #pragma once
 #include "linear.hpp"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define EH_TILES
@@ -33,6 +33,13 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
+inline void load_shapes(const TileShapes& shapes) {
+  // GCC's headers say less than the instruction reads
+  asm volatile("" : : "r"(&shapes) : "memory");
+  _tile_loadconfig(&shapes);
+  asm volatile("" : : "r"(&shapes) : "memory");
+}
+
 // Tiles 0 to 5: sums, three vectors of outputs of the first rows and of the second ones; 6: rows of x; 7: weights. With
 // one tile of rows 3 to 5 are the weights.
 inline void shape_tiles(int rows) {
@@ -42,7 +49,7 @@ inline void shape_tiles(int rows) {
     shapes.rows[i] = uint8_t(two || (i >= 3 && i != 6) ? kTileSide : rows);
     shapes.row_bytes[i] = 64;
   }
-  _tile_loadconfig(&shapes);
+  load_shapes(shapes);
 }
 
 // Brings the weights of a step to a cache.
@@ -182,7 +189,7 @@ inline void shape_row_tiles(int rows) {
     shapes.rows[i] = uint8_t(i < 6 ? rows : kTilePairs);
     shapes.row_bytes[i] = 64;
   }
-  _tile_loadconfig(&shapes);
+  load_shapes(shapes);
 }
 
 // scores[row][token] for 32 tokens. queries: [rows, dim]; keys: pairs of dims [dim / 2][tokens][2].
