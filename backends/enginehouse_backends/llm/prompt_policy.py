@@ -42,11 +42,16 @@ class PromptPolicy:
 
     def may_stall(self, decoding: Sequence[Generation], backlog_tokens: int, latency: LatencyModel) -> bool:
         """Whether the next step should leave decoding out. `backlog_tokens`: prompts that wait or are under way."""
-        if self.target_s or not decoding or self._stalled_tokens >= _STALL_TOKENS:
+        if not decoding or self._stalled_tokens >= _STALL_TOKENS:
             return False
-        if backlog_tokens <= 2 * self._beside(len(decoding), latency):
-            return False  # soon done beside the decoding
-        return all(
+        return not self._is_soon_done(decoding, backlog_tokens, latency) and self._can_bear_a_wait(decoding)
+
+    def _is_soon_done(self, decoding: Sequence[Generation], backlog_tokens: int, latency: LatencyModel) -> bool:
+        """Beside the decoding."""
+        return backlog_tokens <= 2 * self._beside(len(decoding), latency)
+
+    def _can_bear_a_wait(self, decoding: Sequence[Generation]) -> bool:
+        return not self.target_s and all(
             generation.num_output <= 1
             or generation.num_output == generation.stalled_at
             or generation.num_output - generation.stalled_at >= _TOKENS_BETWEEN_STALLS
@@ -58,6 +63,18 @@ class PromptPolicy:
         self._stalled_tokens += num_tokens
         for generation in decoding:
             generation.stalled_at = generation.num_output
+
+    def budget_beside(self, decoding: Sequence[Generation], backlog_tokens: int, latency: LatencyModel) -> int:
+        """Prompt tokens for a step in which these decode: all that there are rather than a second long step, if nobody
+        has waited recently. Then that was the wait."""
+        usual = self.budget(len(decoding), latency)
+        if backlog_tokens <= usual or not decoding or not self._is_soon_done(decoding, backlog_tokens, latency):
+            return usual
+        if not self._can_bear_a_wait(decoding):
+            return usual
+        for generation in decoding:
+            generation.stalled_at = generation.num_output
+        return min(self.max_batched_tokens - len(decoding), backlog_tokens)
 
     def on_decode(self) -> None:
         """A step decoded: the stall, if there was one, is over."""

@@ -8,6 +8,7 @@ what prompts may add is sized so that the step stays under the latency target.
 from __future__ import annotations
 
 import bisect
+import itertools
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -122,13 +123,16 @@ class Scheduler:
         plan = StepPlan()
         self._make_room_for_urgent(plan)
         decoding = [generation for generation in self.running if generation.num_left == 1]
-        if self.prompts.may_stall(decoding, self._backlog_tokens(decoding), self.latency):
+        backlog = self._backlog_tokens(decoding)
+        if self.prompts.may_stall(decoding, backlog, self.latency):
+            backlog -= self._num_cached_tokens()  # only now, as it takes a look at each
+        if self.prompts.may_stall(decoding, backlog, self.latency):
             self._plan_shares(plan, self.prompts.budget_alone(self.latency), now_ns, stalled=True)
             if plan.shares:
                 self.prompts.on_stall(decoding, plan.num_tokens)
                 return plan
         plan.num_decoding = len(decoding)
-        self._plan_shares(plan, self.prompts.budget(len(decoding), self.latency), now_ns, stalled=False)
+        self._plan_shares(plan, self.prompts.budget_beside(decoding, backlog, self.latency), now_ns, stalled=False)
         self.prompts.on_decode()
         return plan
 
@@ -139,6 +143,11 @@ class Scheduler:
             return 0
         under_way = sum(generation.num_left for generation in self.running) - len(decoding)
         return under_way + (self.waiting.num_tokens if self._free_slots else 0)
+
+    def _num_cached_tokens(self) -> int:
+        """Of the prompts that wait and have a slot."""
+        admitted = itertools.islice(self.waiting.in_order(), len(self._free_slots))
+        return sum(len(self._match_prefix(generation)) for generation in admitted) * self.limits.block_size
 
     def _plan_shares(self, plan: StepPlan, budget: int, now_ns: int, stalled: bool) -> None:
         budget = self._plan_running(plan, budget, now_ns, stalled)

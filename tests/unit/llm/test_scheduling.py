@@ -233,6 +233,20 @@ def test_a_stall_ends_and_does_not_come_back_soon() -> None:
     assert policy.may_stall(running, 9999, latency)
 
 
+def test_the_last_prompts_of_a_burst_come_in_one_step_if_nobody_has_waited_recently() -> None:
+    policy, latency, running = PromptPolicy(512, 16, 0.0), make_latency(0.02, 0.001), decoding(1, 120)
+    usual = policy.budget(2, latency)
+    assert usual in (39, 40)
+    assert policy.budget_beside(running, 30, latency) == usual, "it is enough"
+    assert policy.budget_beside(running, 200, latency) == usual, "too many"
+    assert [generation.stalled_at for generation in running] == [0, 0]
+    assert policy.budget_beside(running, 70, latency) == 70
+    assert [generation.stalled_at for generation in running] == [1, 120]
+    running[0].tokens.append(1)
+    assert policy.budget_beside(running, 70, latency) == usual, "they have just waited"
+    assert PromptPolicy(512, 16, 0.05).budget_beside(decoding(1), 70, latency) < 70, "a target is kept"
+
+
 def test_without_stalling_a_step_may_take_three_times_its_base() -> None:
     assert PromptPolicy(512, 16, 0.0).budget(4, make_latency(0.02, 0.001)) in (39, 40)
     assert PromptPolicy(512, 16, 0.0).budget(4, make_latency(0.02, 0.1)) == 16, "never less than the least chunk"

@@ -80,7 +80,7 @@ inline void turn_and_write(const Sequences& s, const AttentionShape& a, long t, 
   for (int h = 0; h < a.heads; ++h) {
     turn_head(a, qkv + long(h) * a.dim, a.q_norm, position, head);
     A* out = queries + (t * a.heads + h) * a.dim;
-    for (int d = 0; d < a.dim; ++d) put(out + d, head[d]);
+    for (int d = 0; d < a.dim; d += kLanes) store_as(out + d, load(head + d));
   }
   const float *keys = qkv + long(a.heads) * a.dim, *values = keys + long(a.kv_heads) * a.dim;
   for (int h = 0; h < a.kv_heads; ++h) {

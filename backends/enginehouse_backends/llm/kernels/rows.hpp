@@ -69,7 +69,12 @@ inline void embed_plain(const W* table, long width, long token, float scale, flo
 }
 template <class W>
 inline void embed_packed(const W* packed, long vocab, long width, long token, float scale, float* out) {
-  for (long i = 0; i < width; ++i) out[i] = get(packed + packed_index<W>(vocab, width, token, i)) * scale;
+  const W* from = packed + packed_index<W>(vocab, width, token, 0);
+  const long row = group_width(vocab, token / kGroup);
+  if constexpr (sizeof(W) == 4)
+    for (long i = 0; i < width; ++i) out[i] = get(from + i * row) * scale;
+  else
+    for (long i = 0; i < width; ++i) out[i] = get(from + i / 2 * row * 2 + i % 2) * scale;
 }
 
 // Index of the largest of x[0:n], the first one among equals; the first not-a-number if there is one.
