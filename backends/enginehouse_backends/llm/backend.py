@@ -63,6 +63,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_WAITING = 4096
 _SHORT_TEXT = 2048
 """Characters: so much is tokenized at once, longer text by a thread of its own."""
+_LONGEST_CPU_STEP_S = 0.5
+_TORCH_TOKENS = 512
+"""Of a step on a CPU without the kernels: attention over more of them takes gigabytes for some models."""
 
 _INPUTS = (
     ("text_input", DataType.BYTES, 1, False),
@@ -316,11 +319,6 @@ def _is_quick(request: GenerateRequest) -> bool:
     if isinstance(prompt, str):
         return len(prompt) <= _SHORT_TEXT
     return isinstance(prompt, Sequence)
-
-
-_LONGEST_CPU_STEP_S = 0.5
-_TORCH_TOKENS = 512
-"""Of a step on a CPU without the kernels: attention over more of them takes gigabytes for some models."""
 
 
 def _serve(

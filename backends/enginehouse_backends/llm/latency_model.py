@@ -28,8 +28,7 @@ class LatencyModel:
     def observe(self, num_rows: int, num_prompt_tokens: int, seconds: float) -> None:
         if num_prompt_tokens == 0:
             bucket = num_rows.bit_length()
-            known = self._base_s.get(bucket)
-            self._base_s[bucket] = seconds if known is None else known + _MEMORY * (seconds - known)
+            self._base_s[bucket] = _smoothed(self._base_s.get(bucket, 0.0), seconds)
         elif num_prompt_tokens >= _ENOUGH_TOKENS:
             measured = max(seconds - self.base_s(num_rows), 0.0) / num_prompt_tokens
             self.token_s = _smoothed(self.token_s, measured)

@@ -292,7 +292,7 @@ def _workspace_bytes(
 ) -> int:
     """An upper bound of what the largest step and the graphs keep beside weights and KV."""
     a = architecture
-    row = 4 * a.hidden_size + (2 * a.query_size + 2 * a.kv_size + 3 * a.intermediate_size) // ranks
+    row = _row_values(a, ranks)
     # logits are made in the weights' type and widened; soft-capping and sampling want another copy
     logits = (max_num_seqs + MAX_FOLLOWED_TOKENS) * a.vocab_size * (dtype.itemsize + 8)
     graphs = max_num_seqs * (row * dtype.itemsize + a.vocab_size * (dtype.itemsize + 4))
@@ -303,9 +303,14 @@ def _workspace_bytes(
 def _cpu_workspace_bytes(architecture: Architecture, max_tokens: int, max_num_seqs: int, ranks: int) -> int:
     """An upper bound of what the native program keeps of a step: its values are float32 at most."""
     a = architecture
-    row = 4 * a.hidden_size + (2 * a.query_size + 2 * a.kv_size + 3 * a.intermediate_size) // ranks
     logits = (max_num_seqs + MAX_FOLLOWED_TOKENS) * (a.vocab_size + 2 * a.hidden_size)
-    return 4 * ((max_tokens + max_num_seqs) * row + logits)
+    return 4 * ((max_tokens + max_num_seqs) * _row_values(a, ranks) + logits)
+
+
+def _row_values(architecture: Architecture, ranks: int) -> int:
+    """Of a token, the most that live at once."""
+    a = architecture
+    return 4 * a.hidden_size + (2 * a.query_size + 2 * a.kv_size + 3 * a.intermediate_size) // ranks
 
 
 def _gib(num_bytes: int) -> str:

@@ -157,7 +157,7 @@ class Spawner:
         socket.send_fds(nursery, [json.dumps(list(arguments)).encode()], [channel.fileno()])
         async with asyncio.timeout(FORK_TIMEOUT_S):
             answer = await asyncio.get_running_loop().sock_recv(nursery, PID.size)
-        pid = int(PID.unpack(answer or b"\xff\xff\xff\xff")[0])
+        pid = _pid_in(answer)
         if pid <= 0:
             raise OSError("the nursery has gone")
         return pid
@@ -195,8 +195,8 @@ class Spawner:
         if self._nursery is not None and self._nursery.poll() is None:
             os.killpg(self._nursery.pid, signal.SIGKILL)
         if self._to_nursery is not None:
-            with suppress(OSError):  # it has said nothing
-                _end_forked(self._to_nursery.recv(PID.size))
+            with suppress(OSError):  # it has said nothing, or the worker is init's
+                _end_forked(_pid_in(self._to_nursery.recv(PID.size)))
         self.close()
 
 
@@ -234,13 +234,16 @@ def _be_subreaper(wanted: bool) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def _end_forked(answer: bytes) -> None:
+def _pid_in(answer: bytes) -> int:
+    """0 where the nursery forked nothing."""
+    return int(PID.unpack(answer)[0]) if answer else 0
+
+
+def _end_forked(pid: int) -> None:
     """A worker that nobody will use."""
-    pid = int(PID.unpack(answer)[0]) if answer else 0
     if pid > 0:
         os.kill(pid, signal.SIGKILL)
-        with suppress(ChildProcessError):  # it was given to init
-            os.waitpid(pid, 0)
+        os.waitpid(pid, 0)
 
 
 def _wait_for(pid: int) -> int:

@@ -14,8 +14,11 @@ from enginehouse_backends.llm.architecture import read_architecture
 from enginehouse_backends.llm.arena import Arena, reserve_host_arena
 from enginehouse_backends.llm.checkpoint import Checkpoint
 from enginehouse_backends.llm.generation import Generation
+from enginehouse_backends.llm.llm_settings import LlmSettings
+from enginehouse_backends.llm.planning import plan_llm
 from enginehouse_backends.llm.runner import StepInput
 from enginehouse_backends.llm.runner_cpu import CpuRunner, CpuRunnerSettings
+from enginehouse_backends.llm.runners import make_runner as make_runner_of_plan
 from tests.acceptance.llm.small_models import CONFIGS, MAX_POSITIONS, NOT_NATIVE, VOCAB, save_reference
 
 NUM_SLOTS = 4
@@ -121,6 +124,17 @@ def test_native_bfloat16_is_close_to_float32(name: str, tmp_path: Path) -> None:
         rounded = reference.to(torch.bfloat16)(ids).logits[0].float()
     # no further from the float32 result than transformers' own bfloat16 is
     assert (logits - expected).square().mean() < (rounded - expected).square().mean()
+
+
+@pytest.mark.parametrize("quantization", ["", "int8"])
+def test_what_is_booked_for_a_step_is_enough(quantization: str, tmp_path: Path) -> None:
+    save_reference("quantizable", tmp_path)
+    checkpoint, architecture = Checkpoint(tmp_path), read_architecture(tmp_path)
+    settings = LlmSettings(tmp_path, tmp_path, quantization=quantization, num_threads=1)
+    plan = plan_llm("m", settings, architecture, checkpoint)
+    runner = make_runner_of_plan(None, architecture, checkpoint, plan, lambda num_bytes: None)
+    assert runner.is_native
+    assert 0 < runner.workspace_bytes <= plan.workspace_bytes < 4 * runner.workspace_bytes
 
 
 def test_kept_generation_is_sampled_greedily(tmp_path: Path) -> None:

@@ -15,16 +15,12 @@ namespace eh {
 
 constexpr int kBlock = 32;
 constexpr int kBlockVecs = kBlock / kLanes;
-#if defined(EH_TILES)
-constexpr int kRowTile = 16;  // rows (query, head) that pass a block together
-#else
-constexpr int kRowTile = 8;
-#endif
-constexpr int kItemTiles = 8;  // row tiles of a piece of work
+constexpr int kRowTile = kBuiltForTiles ? 16 : 8;  // rows (query, head) that pass a block together
+constexpr int kItemTiles = 8;                      // row tiles of a piece of work
 constexpr long kPlaceBytes = 256;
 constexpr int kMaxDim = 512;
 template <class A>
-constexpr int kGatheredDim = kRowTile == 16 && sizeof(A) == 2 ? kMaxDim : 1;
+constexpr int kGatheredDim = kBuiltForTiles && sizeof(A) == 2 ? kMaxDim : 1;
 
 // The step's sequences, as the runner's arrays (see runner.StepInput).
 struct Sequences {

@@ -286,7 +286,8 @@ inline long packed_place(long output, long n, bool paired) {
 }
 
 template <class W, class S>
-void pack(const S* source, long source_stride, long first_output, long outputs, long n, long k, bool paired, W* packed) {
+void pack(const S* source, long source_stride, long first_output, long outputs, long n, long k, bool paired,
+          W* packed) {
   // depth by depth, so that the lines that a group's outputs share stay in the cache
   for (long start = 0; start < k; start += 64)
     for (long output = 0; output < outputs; ++output)
@@ -314,7 +315,8 @@ struct PackJob {
 };
 
 template <class S>
-void pack_as(int type, const S* source, long stride, long first, long outputs, long n, long k, bool paired, void* packed) {
+void pack_as(int type, const S* source, long stride, long first, long outputs, long n, long k, bool paired,
+             void* packed) {
   team()->run(team()->size(), 1, PackJob<S>{type, source, stride, first, outputs, n, k, paired, packed});
 }
 

@@ -14,6 +14,7 @@
 
 namespace eh {
 
+constexpr bool kBuiltForTiles = true;
 constexpr int kTileSide = 16;  // rows of x, and outputs
 constexpr int kTileInputs = 32;
 constexpr int kTilePairs = kTileInputs / 2;
@@ -33,7 +34,14 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {};
 };
 
-inline void load_shapes(const TileShapes& shapes) {
+// Gives tile i rows_of(i) rows of 64 bytes.
+template <class RowsOf>
+inline void shape_by(RowsOf rows_of) {
+  TileShapes shapes;
+  for (int i = 0; i < 8; ++i) {
+    shapes.rows[i] = uint8_t(rows_of(i));
+    shapes.row_bytes[i] = 64;
+  }
   // GCC's headers say less than the instruction reads
   asm volatile("" : : "r"(&shapes) : "memory");
   _tile_loadconfig(&shapes);
@@ -43,13 +51,8 @@ inline void load_shapes(const TileShapes& shapes) {
 // Tiles 0 to 5: sums, three vectors of outputs of the first rows and of the second ones; 6: rows of x; 7: weights. With
 // one tile of rows 3 to 5 are the weights.
 inline void shape_tiles(int rows) {
-  TileShapes shapes;
   const bool two = rows == 2 * kTileSide;
-  for (int i = 0; i < 8; ++i) {
-    shapes.rows[i] = uint8_t(two || (i >= 3 && i != 6) ? kTileSide : rows);
-    shapes.row_bytes[i] = 64;
-  }
-  load_shapes(shapes);
+  shape_by([=](int i) { return two || (i >= 3 && i != 6) ? kTileSide : rows; });
 }
 
 // Brings the weights of a step to a cache.
@@ -77,7 +80,8 @@ inline void tiles_one(const bf16* x, long lda, const bf16* b, long b_stride, lon
   }
 }
 
-// 32 rows: each half passes the weights that the other one has just used. With kAhead it brings those that come so much later.
+// 32 rows: each half passes the weights that the other one has just used. With kAhead it brings those that come so
+// much later.
 template <int kVecs, long kAhead>
 inline void tiles_two(const bf16* x, long lda, const bf16* b, long b_stride, long steps) {
   const bf16* y = x + kTileSide * lda;
@@ -184,12 +188,7 @@ inline void tile_groups(const bf16* x, long lda, const bf16* weights, long n, lo
 // --- attention: rows of queries against a block. Tiles 0 to 3 are sums, 4 and 5 rows, 6 and 7 keys or values.
 
 inline void shape_row_tiles(int rows) {
-  TileShapes shapes;
-  for (int i = 0; i < 8; ++i) {
-    shapes.rows[i] = uint8_t(i < 6 ? rows : kTilePairs);
-    shapes.row_bytes[i] = 64;
-  }
-  load_shapes(shapes);
+  shape_by([=](int i) { return i < 6 ? rows : kTilePairs; });
 }
 
 // scores[row][token] for 32 tokens. queries: [rows, dim]; keys: pairs of dims [dim / 2][tokens][2].
@@ -237,6 +236,7 @@ inline bool tiles_for(int inputs) {
 }  // namespace eh
 #else
 namespace eh {
+constexpr bool kBuiltForTiles = false;
 constexpr int kTileInputs = 32;
 template <class A>
 inline bool tiles_for(int) {
